@@ -1,0 +1,71 @@
+"""Strict JSON in, compact JSON out: NaN, lone surrogates, deep nesting and bad UTF-8 end in a typed error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from longshore.errors import BodyTooLargeError, MalformedBodyError
+from longshore.wire.limits import MAX_BODY_BYTES, MAX_JSON_DEPTH
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def load_json(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> Any:
+    """Parse one JSON value.
+
+    Raises BodyTooLargeError over `max_bytes`, and MalformedBodyError for anything that RFC 8259
+    does not allow, NaN and Infinity included, and for nesting beyond MAX_JSON_DEPTH.
+    """
+    if len(body) > max_bytes:
+        raise BodyTooLargeError(f"the body has {len(body)} bytes; the limit is {max_bytes}")
+    try:
+        text = body if isinstance(body, str) else body.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except MalformedBodyError:
+        raise
+    except UnicodeDecodeError as error:
+        raise MalformedBodyError(f"the body is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise MalformedBodyError(
+            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting of thousands
+        raise MalformedBodyError(
+            "the body is not JSON that can be read: a number or its nesting is too long"
+        ) from None
+    if _too_deep(value, MAX_JSON_DEPTH):
+        raise MalformedBodyError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def load_json_object(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
+    """Parse a JSON object; anything else is a MalformedBodyError."""
+    value = load_json(body, max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        raise MalformedBodyError("the body must be a JSON object")
+    return value
+
+
+def dump_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON; raises ValueError on NaN, which is a bug of the caller."""
+    return _ENCODER.encode(value).encode()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedBodyError(f"the body is not JSON: {name} is not a JSON number")
+
+
+def _too_deep(value: Any, levels: int) -> bool:
+    """True if containers are nested deeper than `levels`; iterative, so that depth can't overflow."""
+    layer = [value] if type(value) in (dict, list) else []
+    for _ in range(levels):
+        if not layer:
+            return False
+        layer = [
+            child
+            for item in layer
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) in (dict, list)
+        ]
+    return bool(layer)

@@ -1,0 +1,157 @@
+"""The manifest of a model bundle: plain data with bounds.
+
+Checking files and signatures is `longshore.bundle`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Interval, Len, MaxLen, Predicate
+
+from longshore.errors import BundleDamagedError, InvalidRequestError, LongshoreError
+from longshore.wire import limits
+from longshore.wire.jsontext import load_json_object
+from longshore.wire.request import ModelDigest
+from longshore.wire.schema import decode
+
+MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig"
+FORMAT_VERSION = 1
+
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*){0,3}\Z")
+_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}\Z")
+
+
+def _is_sha256(value: str) -> bool:
+    return _SHA256.match(value) is not None
+
+
+def _is_safe_path(value: str) -> bool:
+    return _PATH.match(value) is not None and value not in (MANIFEST_NAME, SIGNATURE_NAME)
+
+
+def _is_version(value: str) -> bool:
+    return _VERSION.match(value) is not None
+
+
+Sha256 = Annotated[str, Predicate(_is_sha256)]
+BundlePath = Annotated[str, MaxLen(200), Predicate(_is_safe_path)]
+RuntimeVersion = Annotated[str, Predicate(_is_version)]
+Name = Annotated[str, Len(1, 100)]
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFile:
+    """One file: a relative path without `..`, dot files or symbolic links, its size and digest.
+
+    `chunk_sha256` are the digests of consecutive pieces of `chunk_bytes`, so that a broken
+    download goes on from the last good piece.
+    """
+
+    path: BundlePath
+    size_bytes: Annotated[int, Interval(ge=0, le=limits.MAX_BUNDLE_FILE_BYTES)]
+    sha256: Sha256
+    chunk_bytes: Annotated[int, Interval(ge=4096, le=2**30)] | None = None
+    chunk_sha256: Annotated[tuple[Sha256, ...], MaxLen(65536)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoleTemplate:
+    """What stands before and after a message of one role, for clients without Jinja."""
+
+    ALWAYS_SENT: ClassVar[frozenset[str]] = frozenset({"prefix", "suffix"})
+    prefix: Annotated[str, MaxLen(1000)]
+    suffix: Annotated[str, MaxLen(1000)]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The chat template twice: as Jinja source and as a prefix/suffix table per role."""
+
+    jinja: Annotated[str, MaxLen(100_000)]
+    roles: Annotated[dict[str, RoleTemplate], MaxLen(8)]
+    start: Annotated[str, MaxLen(1000)] = ""
+    generation_prompt: Annotated[str, MaxLen(1000)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """The shape of the KV cache: [batch, num_kv_heads, tokens, head_dim] for each layer."""
+
+    num_layers: Annotated[int, Interval(ge=1, le=1024)]
+    num_kv_heads: Annotated[int, Interval(ge=1, le=1024)]
+    head_dim: Annotated[int, Interval(ge=1, le=4096)]
+    max_tokens: Annotated[int, Interval(ge=1, le=limits.MAX_PROMPT_TOKENS)]
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One graph of the model: its file, number format, size and what it needs of the runtime."""
+
+    name: Name
+    file: BundlePath
+    precision: Literal["fp32", "int8", "int4"]
+    graph: Literal["traced", "built"] = "traced"
+    required_operators: Annotated[tuple[Name, ...], MaxLen(200)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VisionBucket:
+    """An image size that the encoder takes, in pixels, and the tokens that it costs."""
+
+    width_px: Annotated[int, Interval(ge=1, le=8192)]
+    height_px: Annotated[int, Interval(ge=1, le=8192)]
+    num_tokens: Annotated[int, Interval(ge=1, le=65536)]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle holds and what it needs. `version` only ever grows for one `name`.
+
+    `model_digest` names the weights, so that an answer begun on one tier is only continued
+    token by token where the same weights are. `expires_at` is Unix time in seconds.
+    """
+
+    ALWAYS_SENT: ClassVar[frozenset[str]] = frozenset({"format_version"})
+    name: Name
+    version: Annotated[int, Interval(ge=1, le=2**53)]
+    model_digest: ModelDigest
+    files: Annotated[tuple[BundleFile, ...], Len(1, limits.MAX_BUNDLE_FILES)]
+    variants: Annotated[tuple[Variant, ...], Len(1, 16)]
+    tokenizer_file: BundlePath
+    kv: KvGeometry
+    chat_template: ChatTemplate
+    eos_token_ids: Annotated[tuple[int, ...], Len(1, 16)]
+    min_onnxruntime: RuntimeVersion
+    opset: Annotated[int, Interval(ge=13, le=100)]
+    vision_buckets: Annotated[tuple[VisionBucket, ...], MaxLen(64)] = ()
+    capabilities: Annotated[dict[str, str | int | float | bool], MaxLen(64)] = field(default_factory=dict)
+    key_id: Annotated[str, MaxLen(64)] | None = None
+    expires_at: Annotated[int, Interval(ge=0, le=2**53)] | None = None
+    format_version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        paths = {file.path for file in self.files}
+        if len({path.lower() for path in paths}) != len(self.files):
+            raise InvalidRequestError("names a path twice", param="files")
+        for needed in (self.tokenizer_file, *(variant.file for variant in self.variants)):
+            if needed not in paths:
+                raise InvalidRequestError(f"does not list {needed}", param="files")
+        for path in paths:
+            if any(str(parent) in paths for parent in PurePosixPath(path).parents):
+                raise InvalidRequestError(f"{path} lies below another file", param="files")
+
+
+def load_manifest(body: bytes) -> Manifest:
+    """Parse a manifest; raises BundleDamagedError with the field at fault."""
+    try:
+        value: dict[str, Any] = load_json_object(body, max_bytes=limits.MAX_MANIFEST_BYTES)
+        return decode(Manifest, value)
+    except LongshoreError as error:
+        raise BundleDamagedError(f"the manifest can't be used: {error.message}") from None
