@@ -54,6 +54,12 @@ from longshore.wire.manifest import (
     VisionBucket,
     load_manifest,
 )
+from longshore.wire.render import (
+    AnswerCollector,
+    ChatRenderer,
+    ChunkReader,
+    CompletionRenderer,
+)
 from longshore.wire.request import (
     LANES,
     AnyRequest,
@@ -98,6 +104,7 @@ __all__ = [
     "MAX_ASSERTION_AGE_S",
     "SIGNATURE_NAME",
     "TIERS",
+    "AnswerCollector",
     "AnswerEvent",
     "AnyRequest",
     "Assertion",
@@ -110,13 +117,16 @@ __all__ = [
     "ChatCompletion",
     "ChatCompletionChunk",
     "ChatLogprobs",
+    "ChatRenderer",
     "ChatRequest",
     "ChatTemplate",
     "ChunkExtension",
+    "ChunkReader",
     "ClientMessage",
     "Completion",
     "CompletionChoice",
     "CompletionLogprobs",
+    "CompletionRenderer",
     "CompletionRequest",
     "ContentPart",
     "Continuation",

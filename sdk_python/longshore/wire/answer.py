@@ -79,10 +79,11 @@ class ChatChunkChoice:
 
 @dataclass(frozen=True, slots=True)
 class ChunkExtension:
-    """The `longshore` field of a chunk: a token's place, or at the end the report."""
+    """The `longshore` field of a chunk: a token's place, or at the end the report and the counts."""
 
     mark: TokenMark | None = None
     report: Report | None = None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
