@@ -1,0 +1,1 @@
+"""Paged attention behind transformers' attention interface: registration, KV memory, implementations."""

@@ -1,0 +1,65 @@
+"""The seam to transformers: registers our attention under one name and hands each call to the step's context.
+
+A model built with `attn_implementation=ATTENTION_NAME` calls us for every layer; the context travels as a
+keyword argument of the model's forward. What a call does with the KV cache is the context's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from longshore_server.native.errors import UnsupportedModelError
+
+ATTENTION_NAME = "longshore_paged"
+CONTEXT_KEYWORD = "longshore_context"
+
+
+class AttentionContext(Protocol):
+    """What one forward pass needs to attend: where keys and values go, and which of them each row sees."""
+
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,  # [tokens, num_heads, head_dim]
+        key: torch.Tensor,  # [tokens, num_kv_heads, head_dim]
+        value: torch.Tensor,  # [tokens, num_kv_heads, value_dim]
+        scale: float,
+        window: int | None,  # a row sees itself and the window - 1 tokens before it
+    ) -> torch.Tensor: ...  # [tokens, num_heads, value_dim]
+
+    def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None: ...
+
+
+def register() -> None:
+    """Makes ATTENTION_NAME known to transformers; harmless when repeated."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, num_heads, tokens, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, tokens, head_dim]
+    value: torch.Tensor,  # [1, num_kv_heads, tokens, value_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls; returns [1, tokens, num_heads, value_dim]."""
+    context: AttentionContext | None = arguments.get(CONTEXT_KEYWORD)
+    if context is None:
+        raise UnsupportedModelError(f"{type(module).__name__} keeps {CONTEXT_KEYWORD} from its attention")
+    context.check_arguments(arguments, attention_mask)
+    output = context.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+    )
+    return output.unsqueeze(0), None

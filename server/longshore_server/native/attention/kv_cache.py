@@ -1,0 +1,64 @@
+"""The KV cache's memory: one tensor of blocks per layer geometry. It knows shapes, not who owns a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """Shape of what one layer caches for one token."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+class PagedKVCache:
+    """`num_blocks` blocks, and one more that stays zero and pads block tables (`padding_block`).
+
+    `keys[layer]` is [num_blocks + 1, block_size, num_kv_heads, key_dim], `values[layer]` likewise.
+    """
+
+    def __init__(
+        self,
+        geometries: Sequence[LayerGeometry],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.padding_block = num_blocks
+        self.keys: list[torch.Tensor] = [torch.empty(0)] * len(geometries)
+        self.values: list[torch.Tensor] = [torch.empty(0)] * len(geometries)
+        self._stores: list[torch.Tensor] = []  # [layers, num_blocks + 1, ...], blocks on dimension 1
+        for geometry in dict.fromkeys(geometries):
+            layers = [index for index, other in enumerate(geometries) if other == geometry]
+            shape = (len(layers), num_blocks + 1, block_size, geometry.num_kv_heads)
+            keys = torch.zeros(*shape, geometry.key_dim, dtype=dtype, device=device)
+            values = torch.zeros(*shape, geometry.value_dim, dtype=dtype, device=device)
+            self._stores += [keys, values]
+            for position, layer in enumerate(layers):
+                self.keys[layer], self.values[layer] = keys[position], values[position]
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Zeroes blocks for a new owner, who reads past its end through a mask: stale NaN outlives -inf."""
+        if not blocks:
+            return
+        index = torch.tensor(blocks, device=self._stores[0].device)
+        for store in self._stores:
+            store.index_fill_(1, index, 0)
+
+
+def block_bytes(geometries: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return block_size * dtype.itemsize * sum(geometry.num_elements for geometry in geometries)

@@ -1,0 +1,71 @@
+"""The engine's settings: one frozen dataclass, checked when made. It reads no file and no environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from longshore_server.native.checks import check_int
+from longshore_server.native.errors import ConfigError
+
+LOAD_FORMATS = ("auto", "random")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; raises ConfigError naming the first wrong one.
+
+    `load_format` "random" needs a config.json alone and fills the weights from `seed`. The KV cache has
+    `num_kv_blocks` blocks of `block_size` tokens, or as many as `kv_memory_bytes` holds; with neither, enough
+    for every running sequence, within a bound. `max_model_len` of None takes the model's own limit.
+    `batch_invariant` (CPU, float32) computes every row in one fixed shape, so that an answer does not depend
+    on its neighbours in the batch, to the last bit, at some cost in speed.
+    """
+
+    model: str
+    load_format: Literal["auto", "random"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "cpu"
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_memory_bytes: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_num_waiting: int = 1024
+    enable_prefix_cache: bool = True
+    batch_invariant: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model", "must name a model folder")
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        self._check_numbers()
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "max_num_batched_tokens",
+                f"{self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
+                "a step must hold one token of every running sequence",
+            )
+        if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
+            raise ConfigError("num_kv_blocks", "give num_kv_blocks or kv_memory_bytes, not both")
+        if self.batch_invariant and (self.device != "cpu" or self.dtype not in ("auto", "float32")):
+            raise ConfigError("batch_invariant", "is available on the CPU in float32 only")
+
+    def _check_numbers(self) -> None:
+        check_int(ConfigError, "block_size", self.block_size, 1, 1024)
+        check_int(ConfigError, "max_num_seqs", self.max_num_seqs, 1, 4096)
+        check_int(ConfigError, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        check_int(ConfigError, "max_num_waiting", self.max_num_waiting, 0, 1 << 20)
+        check_int(ConfigError, "seed", self.seed, 0, 2**63 - 1)
+        for name in ("num_kv_blocks", "kv_memory_bytes", "max_model_len"):
+            if (value := getattr(self, name)) is not None:
+                check_int(ConfigError, name, value, 1)
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(field, f"must be one of {', '.join(choices)}, got {value!r}")

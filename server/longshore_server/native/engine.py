@@ -1,0 +1,296 @@
+"""The engine: requests in, tokens out, one step at a time. It owns the scheduler and the runner.
+
+It owns no thread, no socket and no clock; one thread calls it. A request that fails ends alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from itertools import count
+
+import torch
+
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
+from longshore_server.native.attention.probe import probe_geometries
+from longshore_server.native.blocks import BlockPool
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.errors import (
+    ConfigError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    ModelLoadError,
+    NativeEngineError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
+from longshore_server.native.model.load import LoadedModel, load_model
+from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
+from longshore_server.native.runner import ModelRunner
+from longshore_server.native.sampler import SampledToken
+from longshore_server.native.sampling_params import SamplingParams
+from longshore_server.native.scheduler import Chunk, Schedule, Scheduler
+from longshore_server.native.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
+
+ChunkResult = SampledToken | None | Exception
+
+
+class NativeEngine:
+    """Continuous batching over one model.
+
+    Raises ConfigError, ModelLoadError or UnsupportedModelError when it cannot start. Not thread-safe: one
+    thread adds, aborts and steps.
+    """
+
+    capabilities: frozenset[str] = frozenset({"abort", "deadline", "preempt", "resume"})
+
+    def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self._clock = clock
+        loaded = load_model(config)
+        device = torch.device(config.device)
+        geometries = _probe(loaded, device, config.model)
+        dtype = loaded.model.dtype
+        num_blocks = _num_kv_blocks(
+            config, loaded.max_model_len, block_bytes(geometries, config.block_size, dtype)
+        )
+        self.eos_token_ids = loaded.eos_token_ids
+        self.vocab_size = loaded.vocab_size
+        self.max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
+        cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
+        self._runner = ModelRunner(loaded.model, cache, device)
+        self._scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_waiting=config.max_num_waiting,
+            enable_prefix_cache=config.enable_prefix_cache,
+        )
+        self._arrivals = count()
+        self._endings: list[TokenOutput] = []  # of requests that ended outside a step
+        self._num_steps = 0
+        self._num_prefill_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_finished = 0
+        self._num_failed = 0
+
+    # --- requests ---
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
+        continue_from: SequenceOf[int] = (),
+    ) -> None:
+        """Queues a request; raises InvalidRequestError (or a subclass) or QueueFullError and changes nothing.
+
+        `priority`: smaller is served first. `deadline_s`: on the engine's clock. `continue_from`: the
+        answer's tokens so far, which are computed again and count for limits, penalties and randomness.
+        """
+        if request_id in self._scheduler:
+            raise DuplicateRequestError(request_id)
+        _check_token_ids("prompt_token_ids", prompt_token_ids, self.vocab_size)
+        _check_token_ids("continue_from", continue_from, self.vocab_size)
+        if not len(prompt_token_ids):
+            raise InvalidRequestError("prompt_token_ids", "must hold at least one token")
+        params.check_vocab(self.vocab_size)
+        sequence = Sequence(
+            request_id,
+            prompt_token_ids,
+            params,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            tenant=tenant,
+            priority=priority,
+            arrival=next(self._arrivals),
+            deadline_s=deadline_s,
+            continue_from=continue_from,
+        )
+        ended = sequence.ending()
+        if ended is None and len(sequence.token_ids) >= self.max_model_len:
+            raise PromptTooLongError(len(sequence.token_ids), self.max_model_len)
+        self._scheduler.add(sequence)
+        if ended is not None:
+            self._end(sequence, ended)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request now; the next step reports it as "abort". False if it is not here."""
+        sequence = self._scheduler.abort(request_id)
+        if sequence is not None:
+            self._report_ending(sequence)
+        return sequence is not None
+
+    def has_unfinished(self) -> bool:
+        """True while a request is waiting or running, or an ending has not been handed out."""
+        return self._scheduler.has_unfinished or bool(self._endings)
+
+    # --- the step ---
+
+    def step(self) -> list[TokenOutput]:
+        """Schedules, runs, postprocesses: at most one output per running request, and the pending endings."""
+        schedule = self._scheduler.schedule(self._clock())
+        results = self._run(schedule)
+        return self._postprocess(schedule, results)
+
+    def _run(self, schedule: Schedule) -> list[ChunkResult]:
+        self._runner.clear_blocks(schedule.new_blocks)
+        return self._run_chunks(schedule.chunks)
+
+    def _run_chunks(self, chunks: list[Chunk]) -> list[ChunkResult]:
+        """Runs chunks together; if that fails, by halves, so that only the culprit gets an exception."""
+        if not chunks:
+            return []
+        try:
+            return list(self._runner.run(chunks))
+        except Exception as error:  # whatever one request's forward raises must not end the others
+            if len(chunks) == 1:
+                logger.exception("request %s failed in the model", chunks[0].sequence.request_id)
+                return [error]
+            half = len(chunks) // 2
+            return self._run_chunks(chunks[:half]) + self._run_chunks(chunks[half:])
+
+    def _postprocess(self, schedule: Schedule, results: list[ChunkResult]) -> list[TokenOutput]:
+        for sequence in schedule.expired:
+            self._report_ending(sequence)
+        outputs, self._endings = self._endings, []
+        self._num_steps += bool(schedule.chunks)
+        for chunk, result in zip(schedule.chunks, results, strict=True):
+            output = self._apply(chunk, result)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _apply(self, chunk: Chunk, result: ChunkResult) -> TokenOutput | None:
+        sequence = chunk.sequence
+        if isinstance(result, Exception):
+            return self._fail(sequence, f"{type(result).__name__} in the model")
+        if result is not None and result.error is not None:
+            return self._fail(sequence, result.error)
+        self._scheduler.commit(chunk)
+        if result is None:
+            self._num_prefill_tokens += chunk.num_tokens
+            return None
+        self._num_prefill_tokens += chunk.num_tokens - 1
+        self._num_generated_tokens += 1
+        ending = sequence.append(result.token_id)
+        if ending is not None:
+            self._num_finished += 1
+            self._scheduler.finish(sequence, ending)
+        return _output(sequence, result)
+
+    def _fail(self, sequence: Sequence, message: str) -> TokenOutput:
+        self._num_failed += 1
+        self._scheduler.fail(sequence)
+        return _output(sequence, None, error=message)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.finish(sequence, reason)
+        self._report_ending(sequence)
+
+    def _report_ending(self, sequence: Sequence) -> None:
+        self._num_finished += 1
+        self._endings.append(_output(sequence, None))
+
+    # --- offline and upkeep ---
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+    ) -> list[list[int]]:
+        """Answers all prompts and returns their token ids, stop tokens included; not beside other requests.
+
+        Raises NativeEngineError when an answer failed.
+        """
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        answers: dict[str, list[int]] = {f"generate-{index}": [] for index in range(len(prompts))}
+        pending = list(zip(answers, prompts, each, strict=True))[::-1]
+        while pending or self.has_unfinished():
+            while pending and not self._scheduler.is_full:
+                self.add_request(*pending.pop())
+            for output in self.step():
+                if output.error is not None:
+                    raise NativeEngineError(f"{output.request_id}: {output.error}")
+                if output.token_id is not None:
+                    answers[output.request_id].append(output.token_id)
+        return list(answers.values())
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_usage=scheduler.pool.usage,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_finished=self._num_finished,
+            num_failed=self._num_failed,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the scheduler's and the block pool's books disagree."""
+        self._scheduler.check_integrity()
+
+
+def _output(sequence: Sequence, token: SampledToken | None, error: str | None = None) -> TokenOutput:
+    """The output of a sequence whose last token is `token`, or of one that ends without a token."""
+    return TokenOutput(
+        request_id=sequence.request_id,
+        token_id=None if token is None else token.token_id,
+        offset=sequence.num_generated_tokens - (token is not None),
+        logprob=None if token is None else token.logprob,
+        top_logprobs=() if token is None else token.top_logprobs,
+        finish_reason=sequence.finish_reason,
+        error=error,
+        num_cached_tokens=sequence.num_cached_tokens,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+    )
+
+
+def _check_token_ids(field: str, token_ids: SequenceOf[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(field, f"{token_id!r} is not a token id below {vocab_size}")
+
+
+def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[LayerGeometry]:
+    try:
+        return probe_geometries(loaded.model, loaded.num_layers, device)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
+    except Exception as error:
+        raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+
+
+def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int) -> int:
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    if config.kv_memory_bytes is not None:
+        num_blocks = config.kv_memory_bytes // bytes_per_block
+        if num_blocks == 0:
+            raise ConfigError("kv_memory_bytes", f"is less than one block of {bytes_per_block} bytes")
+        return num_blocks
+    num_wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+    return max(1, min(num_wanted, DEFAULT_KV_MEMORY_BYTES // bytes_per_block))
+
+
+def _fit_model_len(config: EngineConfig, max_model_len: int, num_kv_tokens: int) -> int:
+    """The longest sequence that the KV cache can hold alone; a length that was asked for must fit."""
+    if config.max_model_len is not None and config.max_model_len > num_kv_tokens:
+        raise ConfigError(
+            "max_model_len", f"{config.max_model_len} exceeds the KV cache's {num_kv_tokens} tokens"
+        )
+    return min(max_model_len, num_kv_tokens)

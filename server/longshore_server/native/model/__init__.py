@@ -1,0 +1,1 @@
+"""Models for the native engine: how a folder on disk becomes an unmodified transformers model."""

@@ -1,0 +1,206 @@
+"""Builds a model from a local folder: transformers' own class, safetensors weights or seeded random ones.
+
+It never unpickles, never runs code that comes with a model, and never reaches for the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("USE_HUB_KERNELS", "NO")  # read by transformers at import: no kernel from a hub
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longshore_server.native.attention import interface
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.errors import ModelLoadError, UnsupportedModelError
+
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# These RoPE variants pick their frequencies from the longest position in a batch, so rows would depend on
+# their neighbours once the original length is exceeded.
+BATCH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in evaluation mode, and what the engine needs to know of it."""
+
+    model: PreTrainedModel
+    num_layers: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Loads the folder that `config` names; raises ModelLoadError or UnsupportedModelError with one line."""
+    folder = Path(config.model)
+    raw = _read_config(folder)
+    if config.load_format == "auto":
+        _check_weight_files(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelLoadError(f"{folder} has no tokenizer.json")
+    interface.register()
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ModelLoadError(f"{folder}/config.json is not usable: {_one_line(error)}") from error
+    max_model_len = _max_model_len(hf_config, config)
+    _check_supported(hf_config, raw, max_model_len)
+    dtype = _dtype(hf_config, config)
+    build = _build_random if config.load_format == "random" else _build_from_files
+    model = build(folder, hf_config, dtype, config)
+    model.train(False).requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        num_layers=hf_config.num_hidden_layers,
+        vocab_size=hf_config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(folder, raw),
+    )
+
+
+# --- the folder ---
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ModelLoadError(f"{folder} is not a folder")
+    raw = _read_json(folder / "config.json", required=True)
+    if "auto_map" in raw:
+        raise ModelLoadError(f"{folder} comes with code of its own (auto_map), which is never run")
+    return raw
+
+
+def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise ModelLoadError(f"{path.parent} has no {path.name}")
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} is not a JSON object")
+    return value
+
+
+def _check_weight_files(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
+    if pickles:
+        raise ModelLoadError(f"{folder} has pickled weights only ({pickles[0]}); only safetensors are loaded")
+    raise ModelLoadError(f"{folder} has no .safetensors weights")
+
+
+def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
+    """The ending tokens that generation_config.json names, else config.json's."""
+    generation = _read_json(folder / "generation_config.json")
+    value = generation.get("eos_token_id", raw.get("eos_token_id"))
+    values = value if isinstance(value, list) else [value]
+    return frozenset(token for token in values if isinstance(token, int))
+
+
+# --- what the config asks for ---
+
+
+def _max_model_len(hf_config: PreTrainedConfig, config: EngineConfig) -> int:
+    limit = getattr(hf_config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise UnsupportedModelError(f"{hf_config.model_type} has no max_position_embeddings")
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ModelLoadError(f"max_model_len {config.max_model_len} is above the model's own {limit}")
+    return config.max_model_len or limit
+
+
+def _check_supported(hf_config: PreTrainedConfig, raw: dict[str, Any], max_model_len: int) -> None:
+    name = hf_config.model_type
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model")
+    if "quantization_config" in raw:
+        raise UnsupportedModelError(f"{name} weights are quantized in a way that is not loaded here")
+    unknown = set(getattr(hf_config, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
+    if unknown:
+        raise UnsupportedModelError(f"{name} has layers of type {', '.join(sorted(unknown))}")
+    if getattr(hf_config, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedModelError(f"{name} needs attention softcapping")
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
+    original = rope.get("original_max_position_embeddings", 0) if isinstance(rope, dict) else 0
+    if rope_type in BATCH_DEPENDENT_ROPE_TYPES and max_model_len > (original or 0):
+        raise UnsupportedModelError(
+            f"{name} uses {rope_type} RoPE, which is supported up to max_model_len {original} only"
+        )
+
+
+def _dtype(hf_config: PreTrainedConfig, config: EngineConfig) -> torch.dtype:
+    """On a CPU "auto" means float32, the fastest there and exact; elsewhere the checkpoint's own."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    if config.device == "cpu":
+        return torch.float32
+    return getattr(hf_config, "dtype", None) or torch.bfloat16
+
+
+# --- weights ---
+
+
+def _build_random(
+    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
+) -> PreTrainedModel:
+    """Seeded weights in the model's own initial distribution, made on the device itself."""
+    device = torch.device(config.device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), device:
+        torch.manual_seed(config.seed)
+        model: PreTrainedModel = _checked(
+            folder,
+            lambda: AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                hf_config, dtype=dtype, attn_implementation=interface.ATTENTION_NAME, trust_remote_code=False
+            ),
+        )
+    return model
+
+
+def _build_from_files(
+    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
+) -> PreTrainedModel:
+    model: PreTrainedModel
+    model, info = _checked(
+        folder,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            dtype=dtype,
+            attn_implementation=interface.ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        ),
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(f"{folder} lacks {len(missing)} weights, among them {missing[0]}")
+    return model.to(torch.device(config.device))  # type: ignore[arg-type, no-any-return]
+
+
+def _checked(folder: Path, build: Any) -> Any:
+    try:
+        return build()
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(f"{folder} does not fit the device's memory: {_one_line(error)}") from error
+    except Exception as error:  # transformers and safetensors raise many types for a damaged folder
+        raise ModelLoadError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

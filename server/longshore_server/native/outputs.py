@@ -1,0 +1,45 @@
+"""What the engine hands out: one TokenOutput per token or ending, and a snapshot of its counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One token of an answer, its ending, or both.
+
+    `offset` is the token's index in the answer, counting `continue_from`. An ending without a token (abort,
+    deadline, error) has `token_id` None and `offset` at the next index. A stop token is handed out, with
+    `finish_reason` "stop": the caller leaves it out of the text.
+    """
+
+    request_id: str
+    token_id: int | None
+    offset: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and the state now; prefix cache figures are in tokens, kv_usage is 0..1."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    prefix_cache_hits: int
+    prefix_cache_queries: int
+    preemptions: int
+    num_steps: int
+    num_prefill_tokens: int
+    num_generated_tokens: int
+    num_finished: int
+    num_failed: int

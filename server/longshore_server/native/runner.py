@@ -1,0 +1,90 @@
+"""One forward pass: makes flat tensors of scheduled chunks, runs the model, samples. It schedules nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from transformers import PreTrainedModel
+
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD
+from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.layout import BatchLayout, Span
+from longshore_server.native.attention.reference import ReferenceContext
+from longshore_server.native.sampler import SampledToken, sample
+from longshore_server.native.scheduler import Chunk
+
+
+class ModelRunner:
+    """Runs an unmodified transformers model over a paged KV cache."""
+
+    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, device: torch.device) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = device
+
+    @torch.inference_mode()
+    def clear_blocks(self, blocks: SequenceOf[int]) -> None:
+        """Zeroes blocks that change owner; call before run()."""
+        self.cache.clear_blocks(blocks)
+
+    @torch.inference_mode()
+    def run(self, chunks: SequenceOf[Chunk]) -> list[SampledToken | None]:
+        """Computes the chunks' KV and samples where a chunk ends its sequence; results in the chunks' order.
+
+        Running the same chunks again gives the same result and the same cache: nothing else is changed.
+        """
+        order = sorted(range(len(chunks)), key=lambda index: _row_order(chunks[index]))
+        ordered = [chunks[index] for index in order]
+        logits = self._forward(ordered)
+        sampled = iter(
+            sample(logits, [c.sequence for c in ordered if c.samples]) if logits is not None else ()
+        )
+        results: list[SampledToken | None] = [None] * len(chunks)
+        for index, chunk in zip(order, ordered, strict=True):
+            if chunk.samples:
+                results[index] = next(sampled)
+        return results
+
+    def _forward(self, chunks: SequenceOf[Chunk]) -> torch.Tensor | None:
+        """Logits [rows, vocab] of the chunks that sample, in order; None when none does."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sampling_rows: list[int] = []
+        for chunk in chunks:
+            start = chunk.sequence.num_computed_tokens
+            end = start + chunk.num_tokens
+            token_ids += chunk.sequence.token_ids[start:end]
+            positions += range(start, end)
+            if chunk.samples:
+                sampling_rows.append(len(token_ids) - 1)
+        context = ReferenceContext(self.cache, batch_layout(chunks, self.cache.block_size))
+        output = self.model(
+            input_ids=self._tensor(token_ids)[None],  # [1, tokens]
+            position_ids=self._tensor(positions)[None],
+            use_cache=False,
+            logits_to_keep=self._tensor(sampling_rows or [len(token_ids) - 1]),
+            **{CONTEXT_KEYWORD: context},
+        )
+        return output.logits[0] if sampling_rows else None
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def batch_layout(chunks: SequenceOf[Chunk], block_size: int) -> BatchLayout:
+    """Spans of chunks that are in row order already: single tokens by context length, then longer chunks."""
+    decodes: list[Span] = []
+    prefills: list[Span] = []
+    first_row = 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        context_len = sequence.num_computed_tokens + chunk.num_tokens
+        span = Span(first_row, chunk.num_tokens, context_len, sequence.block_table)
+        (decodes if chunk.num_tokens == 1 else prefills).append(span)
+        first_row += chunk.num_tokens
+    return BatchLayout(decodes, prefills, block_size)
+
+
+def _row_order(chunk: Chunk) -> tuple[bool, int]:
+    return (chunk.num_tokens > 1, chunk.sequence.num_computed_tokens)

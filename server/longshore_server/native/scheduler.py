@@ -1,0 +1,279 @@
+"""Which sequences run in the next step and how many tokens of each: pure bookkeeping over the block pool.
+
+It does no I/O, reads no clock (the time is passed in) and never touches a tensor.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from longshore_server.native.blocks import BlockPool
+from longshore_server.native.errors import DuplicateRequestError, QueueFullError
+from longshore_server.native.outputs import FinishReason
+from longshore_server.native.sequence import Sequence, SequenceStatus
+
+SEQUENCES_PER_SPARE_BLOCK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` uncomputed tokens of a sequence; `samples` when they reach its last one."""
+
+    sequence: Sequence
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step's work.
+
+    `expired` are the sequences that ended because their deadline passed, `new_blocks` those given out with
+    another owner's leavings in them.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    expired: list[Sequence] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """Continuous batching: decodes every step, prefill in chunks with what is left of the token budget.
+
+    Service goes by rank (priority, then arrival). When blocks run out, the last-ranked running sequence is
+    preempted: its blocks are released and it waits to be computed again. A waiting sequence of a strictly
+    better priority may preempt a running one to get in.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_waiting: int,
+        enable_prefix_cache: bool = True,
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_waiting = max_num_waiting
+        self.enable_prefix_cache = enable_prefix_cache
+        self.running: list[Sequence] = []  # by rank
+        self.waiting: list[Sequence] = []  # by rank
+        self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._earliest_deadline_s = float("inf")
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._sequences) >= self.max_num_seqs + self.max_num_waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence; raises DuplicateRequestError or QueueFullError."""
+        if sequence.request_id in self._sequences:
+            raise DuplicateRequestError(sequence.request_id)
+        if self.is_full:
+            raise QueueFullError(self.max_num_waiting)
+        self._sequences[sequence.request_id] = sequence
+        insort(self.waiting, sequence, key=_rank)
+        if sequence.deadline_s is not None:
+            self._earliest_deadline_s = min(self._earliest_deadline_s, sequence.deadline_s)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Ends a sequence wherever it is; None when the id is not here."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.finish(sequence, "abort")
+        return sequence
+
+    def schedule(self, now_s: float) -> Schedule:
+        """Expires deadlines, lets waiting sequences in, then fills a step by rank."""
+        expired = self._expire(now_s)
+        self._admit_waiting()
+        step = Schedule(expired=expired)
+        self._fill_step(step)
+        return step
+
+    def commit(self, chunk: Chunk) -> None:
+        """Notes that the KV of a chunk is computed, and indexes the blocks that it filled."""
+        sequence = chunk.sequence
+        sequence.num_computed_tokens += chunk.num_tokens
+        if self.enable_prefix_cache:
+            self._publish_full_blocks(sequence)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Takes a sequence out and releases its blocks."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        _remove(self.running if sequence.status is SequenceStatus.RUNNING else self.waiting, sequence)
+        self._release_blocks(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        del self._sequences[sequence.request_id]
+
+    def fail(self, sequence: Sequence) -> None:
+        """Ends a sequence whose computation went wrong: what it left in the prefix index is not trusted."""
+        self.pool.forget(sequence.block_table)
+        self.finish(sequence, "error")
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless queues, statuses and blocks agree."""
+        for queue, status in (
+            (self.running, SequenceStatus.RUNNING),
+            (self.waiting, SequenceStatus.WAITING),
+        ):
+            assert all(sequence.status is status for sequence in queue), f"a sequence is not {status.value}"
+            assert [s.rank for s in queue] == sorted(s.rank for s in queue), f"{status.value} is not by rank"
+        queued = {s.request_id: s for s in (*self.running, *self.waiting)}
+        assert queued == self._sequences, "queues and ids disagree"
+        assert all(not s.block_table and not s.num_computed_tokens for s in self.waiting), (
+            "waiting holds blocks"
+        )
+        for sequence in self.running:
+            capacity = len(sequence.block_table) * self.pool.block_size
+            assert sequence.num_computed_tokens <= capacity, "computed past the block table"
+        self.pool.check_integrity(sequence.block_table for sequence in self.running)
+
+    # --- running ---
+
+    def _fill_step(self, step: Schedule) -> None:
+        """Gives running sequences their tokens by rank; each leaves one token for every one after it."""
+        budget = self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            num_later = len(self.running) - index - 1
+            num_tokens = min(sequence.num_uncomputed_tokens, budget - num_later)
+            if not self._make_room(sequence, num_tokens, step):
+                break  # it was the last-ranked one and has been preempted itself
+            step.chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed_tokens))
+            budget -= num_tokens
+            index += 1
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: Schedule) -> bool:
+        """Finds blocks for `num_tokens` more, preempting from the back; False if the sequence went itself."""
+        num_missing = self._num_missing_blocks(sequence, num_tokens)
+        while num_missing > self.pool.num_available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        new_blocks = self.pool.allocate(num_missing)
+        sequence.block_table += new_blocks
+        step.new_blocks += new_blocks
+        return True
+
+    def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        num_slots = sequence.num_computed_tokens + num_tokens
+        return max(0, -(-num_slots // self.pool.block_size) - len(sequence.block_table))
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self._release_blocks(victim)
+        victim.status = SequenceStatus.WAITING
+        victim.num_preemptions += 1
+        insort(self.waiting, victim, key=_rank)
+        self.num_preemptions += 1
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.num_published_blocks = 0
+
+    # --- waiting ---
+
+    def _admit_waiting(self) -> None:
+        """Starts waiting sequences by rank while seats, blocks and the token budget last."""
+        while self.waiting:
+            sequence = self.waiting[0]
+            cached_blocks = self._cached_prefix(sequence)
+            while not self._fits(sequence, cached_blocks) and self.running[-1].priority > sequence.priority:
+                self._preempt(self.running[-1])
+            if not self._fits(sequence, cached_blocks) or not self._has_budget_for(sequence):
+                break
+            self._start(self.waiting.pop(0), cached_blocks)
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Indexed blocks that hold the sequence's first tokens; the last token is always computed anew."""
+        if not self.enable_prefix_cache:
+            return []
+        num_blocks = (len(sequence.token_ids) - 1) // self.pool.block_size
+        return self.pool.match(sequence.digest_blocks(num_blocks, self.pool.block_size))
+
+    def _fits(self, sequence: Sequence, cached_blocks: list[int]) -> bool:
+        """A seat, and blocks for all its tokens beside those that running ones still need.
+
+        Admitting on the first chunk alone would preempt it again at once. Some blocks are kept spare for the
+        growth of the running answers.
+        """
+        if len(self.running) >= self.max_num_seqs:
+            return False
+        num_wanted = self._num_missing_blocks(sequence, len(sequence.token_ids)) - len(cached_blocks)
+        num_promised = sum(self._num_missing_blocks(s, s.num_uncomputed_tokens) for s in self.running)
+        num_spare = len(self.running) // SEQUENCES_PER_SPARE_BLOCK
+        num_available = self.pool.num_available - self.pool.num_cached_among(cached_blocks)
+        return num_wanted + num_promised + num_spare <= num_available
+
+    def _has_budget_for(self, sequence: Sequence) -> bool:
+        """True if sequences of better rank, and one token for each of the others, leave budget in a step."""
+        num_tokens = sum(s.num_uncomputed_tokens if s.rank < sequence.rank else 1 for s in self.running)
+        return num_tokens < self.max_num_batched_tokens
+
+    def _start(self, sequence: Sequence, cached_blocks: list[int]) -> None:
+        self.pool.share(cached_blocks)
+        sequence.block_table = list(cached_blocks)
+        sequence.num_published_blocks = len(cached_blocks)
+        sequence.num_computed_tokens = len(cached_blocks) * self.pool.block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence, key=_rank)
+        self.prefix_cache_queries += len(sequence.token_ids)
+        self.prefix_cache_hits += sequence.num_computed_tokens
+
+    # --- bookkeeping ---
+
+    def _publish_full_blocks(self, sequence: Sequence) -> None:
+        num_full = sequence.num_computed_tokens // self.pool.block_size
+        if num_full == sequence.num_published_blocks:
+            return
+        digests = sequence.digest_blocks(num_full, self.pool.block_size)
+        for index in range(sequence.num_published_blocks, num_full):
+            self.pool.publish(sequence.block_table[index], digests[index])
+        sequence.num_published_blocks = num_full
+
+    def _expire(self, now_s: float) -> list[Sequence]:
+        if now_s < self._earliest_deadline_s:
+            return []
+        expired = [s for s in self._sequences.values() if s.deadline_s is not None and s.deadline_s <= now_s]
+        for sequence in expired:
+            self.finish(sequence, "deadline")
+        self._earliest_deadline_s = min(self._deadlines(), default=float("inf"))
+        return expired
+
+    def _deadlines(self) -> Iterator[float]:
+        return (s.deadline_s for s in self._sequences.values() if s.deadline_s is not None)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _remove(queue: list[Sequence], sequence: Sequence) -> None:
+    index = bisect_left(queue, sequence.rank, key=_rank)
+    assert queue[index] is sequence, "ranks must be unique"
+    del queue[index]
