@@ -1,0 +1,1 @@
+"""Engines behind one protocol: `base` says what an engine is, `native` and `remote` are engines."""
