@@ -1,6 +1,7 @@
 """Ed25519 signatures (RFC 8032) of tier assertions and bundle manifests.
 
-`cryptography` is imported on first use. Keys and signatures travel as unpadded base64url text. Owns no key storage.
+`cryptography` is imported on first use. Keys and signatures travel as unpadded base64url text.
+Owns no key storage.
 """
 
 from __future__ import annotations

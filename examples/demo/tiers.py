@@ -1,0 +1,94 @@
+"""The demo's own core, edge and bundle: real processes on free ports of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from longshore.signing import PrivateKey
+from longshore.tier_process import TierProcess
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+MODEL_NAME = "shop"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The secrets of one demo: the client's API key and the edge's signing key."""
+
+    api_key: str
+    edge_key: PrivateKey
+
+    @classmethod
+    def generate(cls) -> Keys:
+        """Fresh ones for each run."""
+        return cls("ls-" + secrets.token_hex(16), PrivateKey.generate())
+
+    @property
+    def key_sha256(self) -> str:
+        """What a tier stores of the API key."""
+        return hashlib.sha256(self.api_key.encode()).hexdigest()
+
+
+def export_bundle(folder: Path) -> Path:
+    """Export the student to an ONNX bundle with the command that a user would type."""
+    bundle = folder / "shop-student"
+    command = ["export", "student", "--model", str(MODELS / "shop-student"), "--out", str(bundle)]
+    subprocess.run([sys.executable, "-m", "longshore.cli", *command], check=True, timeout=300)
+    return bundle
+
+
+def core(folder: Path, keys: Keys) -> TierProcess:
+    """The core with the teacher, not yet started."""
+    config = folder / "core.toml"
+    config.write_text(
+        f"""\
+model = {json.dumps(str(MODELS / "shop-teacher"))}
+served_model_name = "{MODEL_NAME}"
+node = "core-1"
+host = "127.0.0.1"
+port = 0
+
+[[keys]]
+tenant = "demo"
+key_sha256 = "{keys.key_sha256}"
+best_lane = "vip"
+
+[[edges]]
+issuer = "edge-1"
+public_key = "{keys.edge_key.public_key.text}"
+"""
+    )
+    return TierProcess(["serve", "--config", str(config)])
+
+
+def edge(folder: Path, keys: Keys, core_url: str, bundle: Path) -> TierProcess:
+    """The edge in front of `core_url` with the student as its last resort, not yet started."""
+    config = folder / "edge.toml"
+    config.write_text(
+        f"""\
+node = "edge-1"
+host = "127.0.0.1"
+port = 0
+signing_key = "{keys.edge_key.text}"
+student_bundle = {json.dumps(str(bundle))}
+student_model_name = "{MODEL_NAME}"
+cache_path = {json.dumps(str(folder / "cache.sqlite"))}
+
+[[cores]]
+name = "core-1"
+url = "{core_url}"
+
+[[keys]]
+tenant = "demo"
+key_sha256 = "{keys.key_sha256}"
+best_lane = "vip"
+"""
+    )
+    config.chmod(0o600)
+    return TierProcess(["edge", "--config", str(config)])
