@@ -21,8 +21,6 @@ with Client(edge_url=os.environ["LONGSHORE_EDGE_URL"]) as client:
     )
 
 print(answer.choices[0].message.content)
-print(
-    f"served by {answer.longshore.served_by} ({answer.longshore.node}), {answer.usage.completion_tokens} tokens"
-)
+print(f"served by {answer.longshore.served_by}, {answer.usage.completion_tokens} tokens; tried:")
 for attempt in answer.longshore.attempts:
     print(f"  {attempt.tier}: {attempt.outcome}, {attempt.reason}")
