@@ -69,9 +69,10 @@ class CoreConfig:
     `model` is a local folder; `tokenizer` another one that holds the tokenizer, where the model's does not.
     `aliases` maps further names to the served one. `workers` is the number of HTTP processes. `dtype`,
     `device` and the engine's sizes go to the native engine as they are. `default_max_tokens` None lets an
-    answer fill the context; `default_deadline_s` bounds a request that names no deadline. `engine_silence_s`
-    is how long the engine process may give no sign of life, `engine_step_timeout_s` how long one step may
-    take.
+    answer fill the context; `default_deadline_s` bounds a request that names no deadline.
+    `reader_timeout_s` is how long a client may take nothing of its answer before the answer is given up,
+    `template_timeout_s` what one chat template may take. `engine_silence_s` is how long the engine process may
+    give no sign of life, `engine_step_timeout_s` how long one step may take.
     """
 
     # where it listens and who it is
@@ -119,6 +120,9 @@ class CoreConfig:
     max_connections: Annotated[int, Interval(ge=1, le=1 << 20)] = 4096
     keepalive_s: Annotated[float, Interval(ge=0.1, le=3600)] = 10.0
     drain_timeout_s: Seconds = 10.0
+    max_in_flight_per_tenant: Count = 256
+    reader_timeout_s: Annotated[float, Interval(ge=1, le=3600)] = 60.0
+    template_timeout_s: Annotated[float, Interval(ge=0.01, le=60)] = 1.0
 
     # who may ask
     open_metrics: bool = False

@@ -1,0 +1,153 @@
+"""A model's text side: chat template, tokens from text, text from tokens. Loads no weights and no torch.
+
+Whatever it renders is bounded in time; what a client wrote is data of the template, never a template.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from longshore.detokenize import IncrementalText
+from longshore.errors import ConfigError, PromptTooLongError, UnsupportedParameterError
+from longshore.wire import AnyRequest, ChatRequest, Message, TokenLogprob, TopLogprob
+from longshore_server.chat_template import ChatTemplate
+from longshore_server.token_bytes import TokenBytes
+
+_INLINE_CHARS = 32_768  # longer prompts are rendered and tokenized off the event loop
+_NUM_THREADS = 2
+
+
+class ModelText:
+    """The tokenizer and template of one model folder.
+
+    `load` raises ConfigError, in one line, when the tokenizer is missing or damaged. A model without a chat
+    template serves completions only.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, *, max_threads: int = _NUM_THREADS
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._template = template
+        self._bytes = TokenBytes(tokenizer)
+        self._executor = ThreadPoolExecutor(max_threads, thread_name_prefix="tokenize")
+
+    @classmethod
+    def load(cls, folder: Path | str, *, template_timeout_s: float = 1.0) -> ModelText:
+        """Read tokenizer.json and the chat template from a Hugging Face folder."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"no tokenizer: {path} does not exist")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ConfigError(f"the tokenizer {path} can't be read: {str(error).splitlines()[0]}") from None
+        return cls(tokenizer, ChatTemplate.load(Path(folder), timeout_s=template_timeout_s))
+
+    def close(self) -> None:
+        """Let go of the threads; a rendering under way ends by its own time limit."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # -- text to tokens ------------------------------------------------------------------------
+
+    async def prompts(self, request: AnyRequest, *, answer_so_far: str = "") -> tuple[tuple[int, ...], ...]:
+        """The token ids of each prompt of a request, `answer_so_far` appended to the last.
+
+        Raises InvalidRequestError for a chat that the template refuses.
+        """
+        if _num_chars(request) <= _INLINE_CHARS:
+            return self._prompts(request, answer_so_far)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._prompts, request, answer_so_far)
+
+    def _prompts(self, request: AnyRequest, answer_so_far: str) -> tuple[tuple[int, ...], ...]:
+        if isinstance(request, ChatRequest):
+            text = self.render_chat(request.messages) + answer_so_far
+            return (self.encode(text, add_special_tokens=False),)
+        return tuple(self._prompt(prompt, answer_so_far) for prompt in request.prompts)
+
+    def _prompt(self, prompt: str | tuple[int, ...], answer_so_far: str) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return self.encode(prompt + answer_so_far, add_special_tokens=True)
+        return prompt + (self.encode(answer_so_far, add_special_tokens=False) if answer_so_far else ())
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """The token ids of a text."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt text of a conversation, ready for the assistant's turn."""
+        if self._template is None:
+            raise UnsupportedParameterError(
+                "messages: this model has no chat template; use /v1/completions", param="messages"
+            )
+        return self._template.render([_template_message(message) for message in messages])
+
+    # -- tokens to text ------------------------------------------------------------------------
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids; special tokens have none, invalid UTF-8 reads as U+FFFD."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def incremental(self, stop_strings: Sequence[str] = ()) -> IncrementalText:
+        """A detokenizer for one answer."""
+        return IncrementalText(self.decode, stop_strings)
+
+    def logprob(
+        self, token_id: int, logprob: float, alternatives: Sequence[tuple[int, float]], num_alternatives: int
+    ) -> TokenLogprob:
+        """A token's log-probability with text and bytes, and those of its alternatives."""
+        tops = (
+            TopLogprob(*self._text_and_value(other_id, value), self._bytes.tuple_of(other_id))
+            for other_id, value in alternatives[:num_alternatives]
+        )
+        text, value = self._text_and_value(token_id, logprob)
+        return TokenLogprob(text, value, self._bytes.tuple_of(token_id), tuple(tops))
+
+    def _text_and_value(self, token_id: int, logprob: float) -> tuple[str, float]:
+        # JSON has no -inf; -9999.0 is what OpenAI's API says of a token that can't come
+        return self._bytes.text_of(token_id), max(logprob, -9999.0)
+
+
+def check_prompt_length(num_tokens: int, max_model_len: int, param: str) -> None:
+    """Raises PromptTooLongError unless at least one token of answer fits behind the prompt."""
+    if num_tokens >= max_model_len:
+        raise PromptTooLongError(
+            f"the prompt has {num_tokens} tokens; this model takes {max_model_len} tokens in all, "
+            "at least one of them for the answer",
+            param=param,
+        )
+
+
+def check_text_only(request: AnyRequest) -> None:
+    """Raises UnsupportedParameterError naming the first image; this tier's models read text."""
+    if not isinstance(request, ChatRequest):
+        return
+    for number, message in enumerate(request.messages):
+        if isinstance(message.content, str):
+            continue
+        for index, part in enumerate(message.content):
+            if part.type == "image_url":
+                param = f"messages[{number}].content[{index}].image_url"
+                raise UnsupportedParameterError(f"{param}: this model takes no images", param=param)
+
+
+def _num_chars(request: AnyRequest) -> int:
+    if isinstance(request, ChatRequest):
+        return sum(len(message.text) for message in request.messages)
+    return sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    # "developer" is OpenAI's newer name of "system", and the only one that templates don't know
+    role = "system" if message.role == "developer" else message.role
+    return {"role": role, "content": message.text}
