@@ -2,7 +2,7 @@
 
 A leaf that the core's workers and the device share; the tokenizer's `decode` is passed in, and
 nothing here knows one. The text of all pushes and the flush together is `decode(all ids)`, cut
-before the first stop string.
+where the first stop string begins; the first is the one that is complete first.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ class IncrementalText:
         return Piece(text, offset, self._stopped)
 
     def _first_stop(self, text: str) -> int | None:
-        found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
+        """Where the stop string begins that is complete first, whichever way the tokens were cut."""
+        found = [(at + len(stop), at) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        return min(found)[1] if found else None
 
     def _num_held_chars(self, text: str) -> int:
         """Length of the longest end of `text` that may turn out to begin a stop string."""

@@ -98,6 +98,8 @@ class LongshoreError(Exception):
     `retry_after_s` is how long the caller should wait before asking again, in seconds.
     `request_id` is set by the tier that answers, when the request got as far as having one.
     `tokens_delivered` says how many answer tokens had reached the caller before the failure.
+    The SDK sets two more: `partial_text`, the answer so far, and `attempts`, the tiers that were
+    considered (`longshore.wire.Attempt`).
     """
 
     code: ClassVar[str] = "longshore_error"
@@ -120,19 +122,23 @@ class LongshoreError(Exception):
         self.retry_after_s = retry_after_s
         self.request_id = request_id
         self.tokens_delivered = tokens_delivered
+        self.partial_text: str | None = None
+        self.attempts: tuple[Any, ...] = ()
 
     def to_body(self) -> dict[str, Any]:
         """The error in OpenAI's shape: `{"error": {"message", "type", "param", "code", ...}}`."""
         error: dict[str, Any] = {
-            "message": self.message[:_MAX_MESSAGE_CHARS],
+            "message": _text(self.message),
             "type": self.type,
-            "param": self.param,
+            "param": _text(self.param),
             "code": self.code,
+            "retry_after_s": self.retry_after_s,
+            "request_id": _text(self.request_id),
+            "tokens_delivered": self.tokens_delivered,
         }
         for name in ("retry_after_s", "request_id", "tokens_delivered"):
-            value = getattr(self, name)
-            if value is not None:
-                error[name] = value
+            if error[name] is None:
+                del error[name]
         return {"error": error}
 
 
@@ -410,19 +416,24 @@ def from_body(status: int, body: object) -> LongshoreError:
     """
     error = body.get("error") if isinstance(body, Mapping) else None
     fields: Mapping[str, Any] = error if isinstance(error, Mapping) else {}
-    cls = _BY_CODE.get(str(fields.get("code"))) or _BY_STATUS.get(status)
+    code = fields.get("code")
+    cls = _BY_CODE.get(code) if isinstance(code, str) else None
     if cls is None:
-        cls = RequestError if 400 <= status < 500 else UpstreamError
-    message = fields.get("message")
-    param = fields.get("param")
-    request_id = fields.get("request_id")
+        cls = _BY_STATUS.get(status, RequestError if 400 <= status < 500 else UpstreamError)
     return cls(
-        str(message)[:_MAX_MESSAGE_CHARS] if message else f"the server answered {status}",
-        param=param if isinstance(param, str) else None,
+        _text(fields.get("message")) or f"the server answered {status}",
+        param=_text(fields.get("param")),
         retry_after_s=_number(fields.get("retry_after_s")),
-        request_id=request_id if isinstance(request_id, str) else None,
+        request_id=_text(fields.get("request_id")),
         tokens_delivered=_whole(fields.get("tokens_delivered")),
     )
+
+
+def _text(value: object) -> str | None:
+    """Text cut to its bound; a lone surrogate, which no encoder takes, becomes a question mark."""
+    if not isinstance(value, str):
+        return None
+    return value[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
 
 
 def _number(value: object) -> float | None:
@@ -432,4 +443,4 @@ def _number(value: object) -> float | None:
 
 
 def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 2**63 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longshore.errors import LongshoreError, MalformedBodyError, ProtocolError
+from longshore.errors import BodyTooLargeError, LongshoreError, MalformedBodyError, ProtocolError
 from longshore.wire import (
     ClientMessage,
     ServerMessage,
@@ -22,6 +22,7 @@ from longshore.wire import (
 
 __all__ = [
     "DONE",
+    "KEEPALIVE",
     "ServerEvent",
     "SseDecoder",
     "encode_data",
@@ -33,6 +34,7 @@ __all__ = [
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,67 +73,84 @@ def _one_line(text: str) -> bytes:
 
 
 class SseDecoder:
-    """Turns bytes into events. `max_event_bytes` bounds what is held of an unfinished one."""
+    """Turns bytes into events, the same ones whichever way the bytes were cut.
+
+    `max_event_bytes` bounds a line and what is held of an unfinished event.
+    """
 
     def __init__(self, *, max_event_bytes: int = limits.MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
-        self._tail = b""
+        self._head: bytes | None = b""  # the first bytes, until it is clear whether they are a BOM
+        self._skip_lf = False
+        self._partial = bytearray()  # the line that has no end yet
         self._data: list[str] = []
         self._held_bytes = 0
         self._event = ""
         self._id = ""
-        self._skip_lf = False
-        self._started = False
+        self._fault: ProtocolError | None = None
 
     def feed(self, chunk: bytes) -> list[ServerEvent]:
         """The events that `chunk` completes; an event is complete at its blank line.
 
-        Raises ProtocolError when an event grows over the bound or is not UTF-8.
+        Raises ProtocolError when an event grows over the bound or is not UTF-8. Events before
+        the fault are returned first, and the fault is raised by the next call, so none is lost.
         """
+        if self._fault is not None:
+            raise self._fault
         events: list[ServerEvent] = []
-        for line in self._lines(chunk):
-            event = self._take(line)
-            if event is not None:
-                events.append(event)
-        if len(self._tail) + self._held_bytes > self._max_event_bytes:
-            raise ProtocolError(f"an event is larger than {self._max_event_bytes} bytes")
+        try:
+            for line in self._lines(chunk):
+                event = self._take(line)
+                if event is not None:
+                    events.append(event)
+            self._check_size(len(self._partial))
+        except ProtocolError as fault:
+            self._fault = fault
+            if not events:
+                raise
         return events
 
     @property
     def has_partial_event(self) -> bool:
-        """True if the stream stopped inside an event."""
-        return bool(self._tail or self._data)
+        """True if the stream stopped inside an event, or at a fault."""
+        return bool(self._head or self._partial or self._data or self._event or self._fault)
 
     def _lines(self, chunk: bytes) -> list[bytes]:
         """Complete lines; a line ends at LF, CR or CRLF, and a CRLF may be split over chunks."""
+        if self._head is not None:
+            chunk = self._head + chunk
+            if len(chunk) < len(_BOM) and _BOM.startswith(chunk):
+                self._head = chunk
+                return []
+            self._head = None
+            chunk = chunk.removeprefix(_BOM)
         if self._skip_lf and chunk:
             self._skip_lf = False
-            if chunk[:1] == b"\n":
-                chunk = chunk[1:]
-        buffer = self._tail + chunk
-        if not self._started and len(buffer) >= 3:
-            self._started = True
-            buffer = buffer.removeprefix(b"\xef\xbb\xbf")
-        if b"\r" in buffer:
-            self._skip_lf = buffer.endswith(b"\r")
-            buffer = buffer.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *lines, self._tail = buffer.split(b"\n")
+            chunk = chunk.removeprefix(b"\n")
+        if b"\r" in chunk:
+            self._skip_lf = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        first, *rest = chunk.split(b"\n")
+        self._partial += first
+        if not rest:
+            return []
+        lines = [bytes(self._partial), *rest[:-1]]
+        self._partial = bytearray(rest[-1])
         return lines
 
     def _take(self, line: bytes) -> ServerEvent | None:
+        self._check_size(len(line))
         if not line:
             return self._dispatch()
         name, _, value = line.partition(b":")
-        text = self._decode(value.removeprefix(b" "))
+        value = value.removeprefix(b" ")
         if name == b"data":
-            self._held_bytes += len(value) + 1
-            self._data.append(text)
-            if self._held_bytes > self._max_event_bytes:
-                raise ProtocolError(f"an event is larger than {self._max_event_bytes} bytes")
+            self._held_bytes += len(line) + 1
+            self._data.append(self._decode(value))
         elif name == b"event":
-            self._event = text
-        elif name == b"id" and "\0" not in text:
-            self._id = text
+            self._event = self._decode(value)
+        elif name == b"id" and b"\0" not in value:
+            self._id = self._decode(value)
         return None
 
     def _dispatch(self) -> ServerEvent | None:
@@ -140,6 +159,10 @@ class SseDecoder:
         if not data:
             return None
         return ServerEvent("\n".join(data), event or "message", self._id)
+
+    def _check_size(self, line_bytes: int) -> None:
+        if self._held_bytes + line_bytes > self._max_event_bytes:
+            raise ProtocolError(f"an event is larger than {self._max_event_bytes} bytes")
 
     @staticmethod
     def _decode(value: bytes) -> str:
@@ -166,5 +189,5 @@ def read_server_message(frame: str | bytes) -> ServerMessage:
     """The server's message in a frame; raises ProtocolError."""
     try:
         return decode_server_message(load_json(frame, max_bytes=limits.MAX_EVENT_BYTES))
-    except MalformedBodyError as error:
-        raise ProtocolError(f"the server sent a frame that is not JSON: {error.message}") from None
+    except (MalformedBodyError, BodyTooLargeError) as error:
+        raise ProtocolError(f"the server sent a frame that can't be read: {error.message}") from None

@@ -17,8 +17,8 @@ Outcome = Literal["served", "skipped", "failed", "interrupted"]
 
 Offset = Annotated[int, Interval(ge=0, le=limits.MAX_TOKENS)]
 ByteOffset = Annotated[int, Interval(ge=0, le=2**40)]
-Index = Annotated[int, Interval(ge=0, le=limits.MAX_CHOICES * limits.MAX_PROMPTS)]
-SegmentNumber = Annotated[int, Interval(ge=0, le=limits.MAX_SEGMENTS)]
+Index = Annotated[int, Interval(ge=0, lt=limits.MAX_CHOICES * limits.MAX_PROMPTS)]
+SegmentNumber = Annotated[int, Interval(ge=0, lt=limits.MAX_SEGMENTS)]
 Milliseconds = Annotated[float, Interval(ge=0, le=1e9)]
 ShortText = Annotated[str, MaxLen(2000)]
 

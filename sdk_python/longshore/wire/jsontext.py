@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any, NoReturn
 
 from longshore.errors import BodyTooLargeError, MalformedBodyError
 from longshore.wire.limits import MAX_BODY_BYTES, MAX_JSON_DEPTH
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def load_json(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> Any:
     """Parse one JSON value.
 
     Raises BodyTooLargeError over `max_bytes`, and MalformedBodyError for anything that RFC 8259
-    does not allow, NaN and Infinity included, and for nesting beyond MAX_JSON_DEPTH.
+    does not allow, NaN and Infinity included; for numbers beyond a double, lone surrogates and
+    nesting beyond MAX_JSON_DEPTH.
     """
-    if len(body) > max_bytes:
-        raise BodyTooLargeError(f"the body has {len(body)} bytes; the limit is {max_bytes}")
+    num_bytes = len(body) if isinstance(body, bytes) or body.isascii() else _num_bytes(body)
+    if num_bytes > max_bytes:
+        raise BodyTooLargeError(f"the body has {num_bytes} bytes; the limit is {max_bytes}")
     try:
         text = body if isinstance(body, str) else body.decode("utf-8")
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except MalformedBodyError:
         raise
     except UnicodeDecodeError as error:
@@ -36,6 +41,8 @@ def load_json(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> Any:
         ) from None
     if _too_deep(value, MAX_JSON_DEPTH):
         raise MalformedBodyError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
+    if _SURROGATE_ESCAPE.search(text):
+        _num_bytes(_ENCODER.encode(value))
     return value
 
 
@@ -48,12 +55,26 @@ def load_json_object(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> d
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON; raises ValueError on NaN, which is a bug of the caller."""
+    """Compact UTF-8 JSON; raises ValueError on NaN or a lone surrogate: bugs of the caller."""
     return _ENCODER.encode(value).encode()
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise MalformedBodyError(f"the body is not JSON: {name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise MalformedBodyError("the body holds a number too large for a double")
+    return value
+
+
+def _num_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise MalformedBodyError("the body holds a lone surrogate, which is not Unicode text") from None
 
 
 def _too_deep(value: Any, levels: int) -> bool:

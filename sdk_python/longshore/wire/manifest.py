@@ -15,7 +15,7 @@ from annotated_types import Interval, Len, MaxLen, Predicate
 from longshore.errors import BundleDamagedError, InvalidRequestError, LongshoreError
 from longshore.wire import limits
 from longshore.wire.jsontext import load_json_object
-from longshore.wire.request import ModelDigest
+from longshore.wire.request import ModelDigest, TokenId
 from longshore.wire.schema import decode
 
 MANIFEST_NAME = "manifest.json"
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*){0,3}\Z")
-_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}\Z")
+_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}\Z")
 
 
 def _is_sha256(value: str) -> bool:
@@ -32,7 +32,7 @@ def _is_sha256(value: str) -> bool:
 
 
 def _is_safe_path(value: str) -> bool:
-    return _PATH.match(value) is not None and value not in (MANIFEST_NAME, SIGNATURE_NAME)
+    return _PATH.match(value) is not None and value.lower() not in (MANIFEST_NAME, SIGNATURE_NAME)
 
 
 def _is_version(value: str) -> bool:
@@ -58,6 +58,11 @@ class BundleFile:
     sha256: Sha256
     chunk_bytes: Annotated[int, Interval(ge=4096, le=2**30)] | None = None
     chunk_sha256: Annotated[tuple[Sha256, ...], MaxLen(65536)] = ()
+
+    def __post_init__(self) -> None:
+        num_chunks = -(-self.size_bytes // self.chunk_bytes) if self.chunk_bytes is not None else 0
+        if len(self.chunk_sha256) != num_chunks:
+            raise InvalidRequestError(f"must hold {num_chunks} digests", param="chunk_sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ class Manifest:
     tokenizer_file: BundlePath
     kv: KvGeometry
     chat_template: ChatTemplate
-    eos_token_ids: Annotated[tuple[int, ...], Len(1, 16)]
+    eos_token_ids: Annotated[tuple[TokenId, ...], Len(1, 16)]
     min_onnxruntime: RuntimeVersion
     opset: Annotated[int, Interval(ge=13, le=100)]
     vision_buckets: Annotated[tuple[VisionBucket, ...], MaxLen(64)] = ()
@@ -138,13 +143,16 @@ class Manifest:
 
     def __post_init__(self) -> None:
         paths = {file.path for file in self.files}
-        if len({path.lower() for path in paths}) != len(self.files):
+        folded = {path.lower() for path in paths}  # some file systems know no case
+        if len(folded) != len(self.files):
             raise InvalidRequestError("names a path twice", param="files")
+        if len({variant.name for variant in self.variants}) != len(self.variants):
+            raise InvalidRequestError("names a variant twice", param="variants")
         for needed in (self.tokenizer_file, *(variant.file for variant in self.variants)):
             if needed not in paths:
                 raise InvalidRequestError(f"does not list {needed}", param="files")
-        for path in paths:
-            if any(str(parent) in paths for parent in PurePosixPath(path).parents):
+        for path in folded:
+            if any(str(parent) in folded for parent in PurePosixPath(path).parents):
                 raise InvalidRequestError(f"{path} lies below another file", param="files")
 
 

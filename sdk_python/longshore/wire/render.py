@@ -295,7 +295,7 @@ class ChunkReader:
             choices = chunk["choices"]
             extension = decode(ChunkExtension, chunk.get("longshore") or {}, lenient=True)
             return [event for choice in choices if (event := self._event(choice, extension)) is not None]
-        except (InvalidRequestError, KeyError, TypeError, AttributeError) as error:
+        except (InvalidRequestError, LookupError, TypeError, AttributeError) as error:
             raise ProtocolError(f"a chunk can't be read: {error}") from None
 
     def finish(self) -> None:
@@ -309,7 +309,9 @@ class ChunkReader:
     def _event(self, choice: Any, extension: ChunkExtension) -> AnswerEvent | None:
         index = choice["index"]
         text = choice.get("text") if "delta" not in choice else choice["delta"].get("content")
-        if index not in self._open:
+        if type(text) not in (str, type(None)):
+            raise ProtocolError("a chunk's text is not a string")
+        if type(index) is not int or index not in self._open:
             raise ProtocolError(f"a chunk of choice {index!r} was not expected")
         if choice.get("finish_reason") is not None:
             fields = {"finish_reason": choice["finish_reason"], "index": index, "text": text}

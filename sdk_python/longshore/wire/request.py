@@ -24,6 +24,7 @@ Privacy = Literal["any", "device-only"]
 
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}\Z")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
+_TOKEN_ID = re.compile(r"(0|[1-9][0-9]{0,9})\Z")
 _DIGEST = re.compile(r"[0-9a-f]{16,64}\Z")
 
 
@@ -98,7 +99,7 @@ class Continuation:
 
     token_ids: Annotated[tuple[TokenId, ...], MaxLen(limits.MAX_TOKENS)] = ()
     text: Text = ""
-    segment: Annotated[int, Interval(ge=0, le=limits.MAX_SEGMENTS)] = 0
+    segment: Annotated[int, Interval(ge=0, lt=limits.MAX_SEGMENTS)] = 0
     model_digest: ModelDigest | None = None
 
 
@@ -237,7 +238,7 @@ class GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("is only allowed when stream is true", param="stream_options")
         for key in self.logit_bias or ():
-            if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= limits.MAX_TOKEN_ID):
+            if _TOKEN_ID.match(key) is None or int(key) > limits.MAX_TOKEN_ID:
                 raise OutOfRangeError(f"{key[:20]!r} is not a token id", param="logit_bias")
         if self.longshore.continue_from is not None and self.n != 1:
             raise InvalidRequestError("must be 1 where longshore.continue_from is given", param="n")
@@ -313,7 +314,7 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`; a prompt is text or token ids, or a list of either."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Interval(ge=1, le=limits.MAX_TOKENS)] | None = 16
+    max_tokens: Annotated[int, Interval(ge=1, le=limits.MAX_TOKENS)] = 16
     logprobs: Annotated[int, Interval(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     echo: Literal[False] = False
 

@@ -8,6 +8,7 @@ any particular message. Decoders are compiled once per class, and a path such as
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 import types
 import typing
@@ -107,7 +108,9 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    if type(value) is int and abs(value) < 2**63:
+    if type(value) is int:
+        if abs(value) >= 2**63:
+            raise _Fault("must be less than 2**63", OutOfRangeError)
         return float(value)
     if type(value) is not float:
         raise _Fault(f"must be a number, not {_kind(value)}")
@@ -150,13 +153,13 @@ def _kind(value: Any) -> str:
 
 
 def _literal(allowed: tuple[Any, ...]) -> Decoder:
-    choices = ", ".join(repr(item) for item in allowed)
+    choices = ("one of " if len(allowed) > 1 else "") + ", ".join(json.dumps(item) for item in allowed)
 
     def decode_literal(value: Any) -> Any:
         for item in allowed:
             if type(item) is type(value) and item == value:
                 return item
-        raise _Fault(f"must be one of {choices}", OutOfRangeError)
+        raise _Fault(f"must be {choices}", OutOfRangeError)
 
     return decode_literal
 
@@ -177,7 +180,11 @@ def _json_type(tp: Any) -> type:
 
 
 def _union(args: tuple[Any, ...], lenient: bool) -> Decoder:
-    """Pick the member by the value's JSON type; several of one type are tried in order."""
+    """Pick the member by the value's JSON type; several of one type are tried in order.
+
+    Where none of them fits, the one that came closest says why: a bound that was missed tells
+    more than a wrong type, and a fault deep inside more than one at the door.
+    """
     members: dict[type, list[Decoder]] = {}
     for arg in args:
         members.setdefault(_json_type(arg), []).append(_decoder(arg, lenient))
@@ -188,14 +195,22 @@ def _union(args: tuple[Any, ...], lenient: bool) -> Decoder:
         candidates = members.get(type(value))
         if candidates is None:
             raise _Fault(f"has the wrong type: {_kind(value)}")
-        for candidate in candidates[:-1]:
+        if len(candidates) == 1:
+            return candidates[0](value)
+        faults = []
+        for candidate in candidates:
             try:
                 return candidate(value)
-            except _Fault:
-                continue
-        return candidates[-1](value)
+            except _Fault as fault:
+                faults.append(fault)
+        raise max(faults, key=_closeness) from None
 
     return decode_union
+
+
+def _closeness(fault: _Fault) -> tuple[bool, int, int]:
+    first = fault.path[0] if fault.path else -1
+    return fault.error is not InvalidRequestError, len(fault.path), first if isinstance(first, int) else 0
 
 
 def _sequence(item: Decoder) -> Decoder:
@@ -243,7 +258,7 @@ def _dataclass(cls: type, lenient: bool) -> Decoder:
         for key, element in value.items():
             decoder = decoders.get(key)
             if decoder is None:
-                if lenient:
+                if lenient or (element is None and key in unsupported):
                     continue
                 raise _unknown(key, unsupported)
             if element is None and key in optional:
@@ -341,9 +356,14 @@ def _check(holds: Callable[[Any], bool], message: str) -> Check:
 def _encoder(cls: Any) -> tuple[tuple[str, Any], ...]:
     always: frozenset[str] = getattr(cls, "ALWAYS_SENT", frozenset())
     return tuple(
-        (field.name, dataclasses.MISSING if field.name in always else field.default)
+        (field.name, dataclasses.MISSING if field.name in always else _default(field))
         for field in dataclasses.fields(cls)
     )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _plain(value: Any) -> Any:
