@@ -19,8 +19,8 @@ class EngineConfig:
     `load_format` "random" needs a config.json alone and fills the weights from `seed`. The KV cache has
     `num_kv_blocks` blocks of `block_size` tokens, or as many as `kv_memory_bytes` holds; with neither, enough
     for every running sequence, within a bound. `max_model_len` of None takes the model's own limit.
-    `batch_invariant` (CPU, float32) computes every row in one fixed shape, so that an answer does not depend
-    on its neighbours in the batch, to the last bit, at some cost in speed.
+    In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
+    chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
     """
 
     model: str
@@ -35,7 +35,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_num_waiting: int = 1024
     enable_prefix_cache: bool = True
-    batch_invariant: bool = False
+    batch_invariant: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,8 +52,12 @@ class EngineConfig:
             )
         if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
             raise ConfigError("num_kv_blocks", "give num_kv_blocks or kv_memory_bytes, not both")
-        if self.batch_invariant and (self.device != "cpu" or self.dtype not in ("auto", "float32")):
+        if self.batch_invariant and not self.may_be_batch_invariant:
             raise ConfigError("batch_invariant", "is available on the CPU in float32 only")
+
+    @property
+    def may_be_batch_invariant(self) -> bool:
+        return self.device == "cpu" and self.dtype in ("auto", "float32")
 
     def _check_numbers(self) -> None:
         check_int(ConfigError, "block_size", self.block_size, 1, 1024)

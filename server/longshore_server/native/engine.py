@@ -12,9 +12,12 @@ from collections.abc import Sequence as SequenceOf
 from itertools import count
 
 import torch
+from transformers import PreTrainedModel
 
+from longshore_server.native.attention.invariant import plan_invariant_passes
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
 from longshore_server.native.attention.probe import probe_geometries
+from longshore_server.native.attention.reference import plan_passes
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import (
@@ -26,6 +29,7 @@ from longshore_server.native.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
+from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
 from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
 from longshore_server.native.runner import ModelRunner
@@ -49,6 +53,10 @@ class NativeEngine:
     """
 
     capabilities: frozenset[str] = frozenset({"abort", "deadline", "preempt", "resume"})
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    max_model_len: int
+    batch_invariant: bool  # answers are the same to the last bit in every batch, and resume byte-equal
 
     def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
@@ -57,6 +65,7 @@ class NativeEngine:
         device = torch.device(config.device)
         geometries = _probe(loaded, device, config.model)
         dtype = loaded.model.dtype
+        self.batch_invariant = _make_invariant(loaded.model, config, geometries)
         num_blocks = _num_kv_blocks(
             config, loaded.max_model_len, block_bytes(geometries, config.block_size, dtype)
         )
@@ -64,7 +73,8 @@ class NativeEngine:
         self.vocab_size = loaded.vocab_size
         self.max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
         cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
-        self._runner = ModelRunner(loaded.model, cache, device)
+        plan = plan_invariant_passes if self.batch_invariant else plan_passes
+        self._runner = ModelRunner(loaded.model, cache, device, plan)
         self._scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
@@ -273,6 +283,22 @@ def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[Layer
         raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
     except Exception as error:
         raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+
+
+def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: list[LayerGeometry]) -> bool:
+    """On a CPU in float32, packs the linear layers; says whether the batch-invariant passes are to be used.
+
+    Raises ConfigError when the mode was asked for and cannot be had.
+    """
+    if not config.may_be_batch_invariant:
+        return False
+    is_packed = cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0
+    if is_packed and all(g.key_dim == g.value_dim for g in geometries):
+        return config.batch_invariant is not False
+    if config.batch_invariant:
+        reason = "keys and values differ in size" if is_packed else "torch has no packed kernels for this CPU"
+        raise ConfigError("batch_invariant", f"cannot be had: {reason}")
+    return False
 
 
 def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
-from longshore_server.native.attention.reference import ReferenceContext
+from longshore_server.native.attention.reference import Planner, ReferenceContext, plan_passes
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
@@ -18,8 +18,11 @@ from longshore_server.native.scheduler import Chunk
 class ModelRunner:
     """Runs an unmodified transformers model over a paged KV cache."""
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: PagedKVCache, device: torch.device, plan: Planner = plan_passes
+    ) -> None:
         self.model = model
+        self._plan = plan
         self.cache = cache
         self.device = device
 
@@ -58,7 +61,7 @@ class ModelRunner:
             positions += range(start, end)
             if chunk.samples:
                 sampling_rows.append(len(token_ids) - 1)
-        context = ReferenceContext(self.cache, batch_layout(chunks, self.cache.block_size))
+        context = ReferenceContext(self.cache, batch_layout(chunks, self.cache.block_size), self._plan)
         output = self.model(
             input_ids=self._tensor(token_ids)[None],  # [1, tokens]
             position_ids=self._tensor(positions)[None],

@@ -38,6 +38,8 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.padding_block = num_blocks
+        self.dtype = dtype
+        self.device = device
         self.keys: list[torch.Tensor] = [torch.empty(0)] * len(geometries)
         self.values: list[torch.Tensor] = [torch.empty(0)] * len(geometries)
         self._stores: list[torch.Tensor] = []  # [layers, num_blocks + 1, ...], blocks on dimension 1
@@ -49,6 +51,11 @@ class PagedKVCache:
             self._stores += [keys, values]
             for position, layer in enumerate(layers):
                 self.keys[layer], self.values[layer] = keys[position], values[position]
+
+    @property
+    def key_token_bytes(self) -> int:
+        """Bytes of one token's key in the first layer."""
+        return self.keys[0][0, 0].nbytes
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         """Zeroes blocks for a new owner, who reads past its end through a mask: stale NaN outlives -inf."""

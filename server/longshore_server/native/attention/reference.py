@@ -1,13 +1,14 @@
 """Paged attention in plain torch: the oracle for kernels, and the path that serves on a CPU.
 
-Decode rows are gathered into padded groups, each one fused attention call; prefill chunks go one by one.
-It allocates no blocks and decides no order.
+A step's rows are cut into passes, each one fused attention call over gathered pages: decode rows in padded
+groups, prefill chunks one by one. It allocates no blocks and decides no order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,31 +16,39 @@ from torch.nn.functional import scaled_dot_product_attention
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
 
-# A group's gathered keys should stay in a core's own cache between gathering and attending: measured best
-# between 256 and 1024 KiB.
+# A group's gathered keys should stay in a core's own cache between gathering and attending.
 GROUP_KEY_BYTES = 512 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class GatherPlan:
-    """Which blocks a group of spans reads, and which of the gathered tokens its rows see."""
+class AttentionPass(Protocol):
+    """One attention call for the rows `rows`; the same for every layer with one window."""
 
-    first_row: int
-    num_rows: int
-    num_sequences: int
-    num_tokens: int  # gathered per sequence, a whole number of blocks
-    blocks: torch.Tensor  # [num_sequences * num_tokens / block_size]
-    mask: torch.Tensor | None  # additive, decode: [sequences, 1, 1, tokens]; prefill: [rows, tokens]
+    @property
+    def rows(self) -> slice: ...
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [rows, num_heads, head_dim]
+        key: torch.Tensor,  # [rows, num_kv_heads, head_dim], of these rows alone
+        value: torch.Tensor,
+        key_pages: torch.Tensor,  # [num_blocks + 1, block_size, num_kv_heads, head_dim]
+        value_pages: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor: ...  # [rows, num_heads, value_dim]
+
+
+Planner = Callable[[BatchLayout, int | None, PagedKVCache], list[AttentionPass]]
 
 
 class ReferenceContext:
-    """An attention context over a PagedKVCache for one step."""
+    """An attention context over a PagedKVCache for one step; `plan` cuts the rows into passes."""
 
-    def __init__(self, cache: PagedKVCache, layout: BatchLayout) -> None:
+    def __init__(self, cache: PagedKVCache, layout: BatchLayout, plan: Planner) -> None:
         self.cache = cache
         self.layout = layout
-        self.slots = torch.tensor(layout.slots(), device=cache.keys[0].device)
-        self._plans: dict[int | None, tuple[list[GatherPlan], list[GatherPlan | None]]] = {}
+        self.slots = torch.tensor(layout.slots(), device=cache.device)
+        self._plan = plan
+        self._passes: dict[int | None, list[AttentionPass]] = {}
 
     def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
         """Nothing to check: the probe has seen this model's arguments."""
@@ -54,41 +63,60 @@ class ReferenceContext:
         window: int | None,
     ) -> torch.Tensor:
         """Writes the rows' keys and values, then attends; shapes as in AttentionContext."""
-        keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]
-        keys.flatten(0, 1).index_copy_(0, self.slots, key)
-        values.flatten(0, 1).index_copy_(0, self.slots, value)
-        decode_plans, prefill_plans = self._plans_for(window, keys)
-        if len(decode_plans) == 1 and not prefill_plans:
-            return _attend_decodes(decode_plans[0], query, keys, values, scale)
+        key_pages, value_pages = self.cache.keys[layer_index], self.cache.values[layer_index]
+        key_pages.flatten(0, 1).index_copy_(0, self.slots, key)
+        value_pages.flatten(0, 1).index_copy_(0, self.slots, value)
+        if window not in self._passes:
+            self._passes[window] = self._plan(self.layout, window, self.cache)
+        passes = self._passes[window]
+        if len(passes) == 1:
+            return passes[0].attend(query, key, value, key_pages, value_pages, scale)
         output = query.new_empty(*query.shape[:2], value.shape[2])
-        for plan in decode_plans:
-            rows = slice(plan.first_row, plan.first_row + plan.num_rows)
-            output[rows] = _attend_decodes(plan, query[rows], keys, values, scale)
-        for span, prefill in zip(self.layout.prefills, prefill_plans, strict=True):
-            rows = slice(span.first_row, span.first_row + span.num_rows)
-            if prefill is None:
-                output[rows] = _attend_fresh(query[rows], key[rows], value[rows], scale)
-            else:
-                output[rows] = _attend_chunk(prefill, query[rows], keys, values, scale)
+        for one in passes:
+            rows = one.rows
+            output[rows] = one.attend(query[rows], key[rows], value[rows], key_pages, value_pages, scale)
         return output
 
-    def _plans_for(
-        self, window: int | None, keys: torch.Tensor
-    ) -> tuple[list[GatherPlan], list[GatherPlan | None]]:
-        """Plans are the same for all layers with one window."""
-        if window not in self._plans:
-            token_bytes = keys[0, 0].nbytes
-            decodes = [
-                _plan_decodes(group, window, self.cache, keys)
-                for group in _group_decodes(self.layout, window, token_bytes)
-            ]
-            prefills = [_plan_prefill(span, window, self.cache, keys) for span in self.layout.prefills]
-            self._plans[window] = (decodes, prefills)
-        return self._plans[window]
+
+def plan_passes(layout: BatchLayout, window: int | None, cache: PagedKVCache) -> list[AttentionPass]:
+    """Decodes in groups of similar length, then each prefill chunk."""
+    passes: list[AttentionPass] = [
+        plan_group(group, window, cache) for group in _group_decodes(layout, window, cache.key_token_bytes)
+    ]
+    for span in layout.prefills:
+        is_fresh = span.num_rows == span.context_len and (window is None or span.num_rows <= window)
+        passes.append(FreshPass(_rows(span)) if is_fresh else plan_chunk(span, window, cache))
+    return passes
 
 
-def _first_visible_block(first_position: int, window: int | None, block_size: int) -> int:
-    return 0 if window is None else max(0, first_position - window + 1) // block_size
+# --- decode rows ---
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPass:
+    """One query row per sequence, or several rows over the pages of one sequence (`blocks` [1, n])."""
+
+    rows: slice
+    blocks: torch.Tensor  # [sequences, blocks per sequence]
+    mask: torch.Tensor  # [rows, 1, 1, tokens], additive
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """The heads of a KV group become rows of one matrix, so no key is repeated."""
+        num_rows, num_heads, head_dim = query.shape
+        grouped = query.reshape(num_rows, key.shape[1], -1, head_dim)  # [rows, num_kv_heads, group, head_dim]
+        keys, values = gather(key_pages, self.blocks), gather(value_pages, self.blocks)
+        if keys.shape[0] != num_rows:
+            keys, values = keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1)
+        output = scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scale)
+        return output.reshape(num_rows, num_heads, value.shape[2])
 
 
 def _group_decodes(layout: BatchLayout, window: int | None, token_bytes: int) -> list[list[Span]]:
@@ -103,95 +131,117 @@ def _group_decodes(layout: BatchLayout, window: int | None, token_bytes: int) ->
     return groups
 
 
-def _plan_decodes(
-    spans: list[Span], window: int | None, cache: PagedKVCache, keys: torch.Tensor
-) -> GatherPlan:
+def plan_group(spans: list[Span], window: int | None, cache: PagedKVCache) -> GroupPass:
+    """A pass over consecutive decode rows, padded to the longest of them."""
     size = cache.block_size
-    firsts = [_first_visible_block(span.context_len - 1, window, size) for span in spans]
+    firsts = [first_visible(span.context_len - 1, window) // size for span in spans]
     lasts = [-(-span.context_len // size) for span in spans]
     num_blocks = max(last - first for first, last in zip(firsts, lasts, strict=True))
-    tables = [
-        [*span.block_table[first:last], *[cache.padding_block] * (num_blocks - last + first)]
-        for span, first, last in zip(spans, firsts, lasts, strict=True)
-    ]
-    blocks = torch.tensor(tables, device=keys.device).flatten()
-    num_tokens = num_blocks * size
-    # [sequences, 1]: visible tokens are those from `low` up to `high`, counted from the first gathered block
-    high = torch.tensor(
-        [span.context_len - first * size for span, first in zip(spans, firsts, strict=True)],
-        device=keys.device,
-    )[:, None]
-    column = torch.arange(num_tokens, device=keys.device)
-    hidden = column >= high
-    if window is not None:
-        hidden |= column < high - window
-    mask = _additive(hidden, keys.dtype)[:, None, None, :]
-    return GatherPlan(spans[0].first_row, len(spans), len(spans), num_tokens, blocks, mask)
+    tables = [padded_table(span, first, num_blocks, cache) for span, first in zip(spans, firsts, strict=True)]
+    # [rows, 1]: where each row's context ends, counted from its first gathered block
+    ends = torch.tensor([span.context_len - first * size for span, first in zip(spans, firsts, strict=True)])
+    mask = visibility_mask(ends[:, None], torch.arange(num_blocks * size), window, cache)
+    rows = slice(spans[0].first_row, spans[0].first_row + len(spans))
+    return GroupPass(rows, torch.tensor(tables, device=cache.device), mask[:, None, None, :])
 
 
-def _plan_prefill(
-    span: Span, window: int | None, cache: PagedKVCache, keys: torch.Tensor
-) -> GatherPlan | None:
-    """None for a chunk that is the whole context and fits the window: it needs no cache and no mask."""
-    if span.num_rows == span.context_len and (window is None or span.num_rows <= window):
-        return None
+# --- prefill chunks ---
+
+
+@dataclass(frozen=True, slots=True)
+class FreshPass:
+    """A chunk that is its sequence's whole context, within the window: it needs neither pages nor mask."""
+
+    rows: slice
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        output = scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            is_causal=True,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[0].transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPass:
+    """A chunk of one sequence that reads earlier tokens from the pages."""
+
+    rows: slice
+    blocks: torch.Tensor  # [1, blocks]
+    mask: torch.Tensor  # [rows, tokens], additive
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        output = scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            gather(key_pages, self.blocks),
+            gather(value_pages, self.blocks),
+            attn_mask=self.mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[0].transpose(0, 1)
+
+
+def plan_chunk(span: Span, window: int | None, cache: PagedKVCache) -> ChunkPass:
     size = cache.block_size
     start = span.context_len - span.num_rows
-    first = _first_visible_block(start, window, size)
+    first = first_visible(start, window) // size
     last = -(-span.context_len // size)
-    blocks = torch.tensor(span.block_table[first:last], device=keys.device)
-    column = torch.arange(first * size, last * size, device=keys.device)
-    row = torch.arange(start, span.context_len, device=keys.device)[:, None]
-    hidden = column > row
+    ends = torch.arange(start + 1, span.context_len + 1)[:, None]
+    mask = visibility_mask(ends, torch.arange(first * size, last * size), window, cache)
+    blocks = torch.tensor([span.block_table[first:last]], device=cache.device)
+    return ChunkPass(_rows(span), blocks, mask)
+
+
+# --- pages and masks ---
+
+
+def first_visible(position: int, window: int | None) -> int:
+    """The first token that a row at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def padded_table(span: Span, first_block: int, num_blocks: int, cache: PagedKVCache) -> list[int]:
+    table = list(span.block_table[first_block : first_block + num_blocks])
+    return table + [cache.padding_block] * (num_blocks - len(table))
+
+
+def visibility_mask(
+    ends: torch.Tensor, columns: torch.Tensor, window: int | None, cache: PagedKVCache
+) -> torch.Tensor:
+    """Additive mask [rows, columns]: a row sees the `window` columns before its `ends` [rows, 1]."""
+    hidden = columns >= ends
     if window is not None:
-        hidden |= column <= row - window
-    mask = _additive(hidden, keys.dtype)
-    return GatherPlan(span.first_row, span.num_rows, 1, (last - first) * size, blocks, mask)
+        hidden |= columns < ends - window
+    mask = torch.zeros(hidden.shape, dtype=cache.dtype).masked_fill_(hidden, float("-inf"))
+    return mask.to(cache.device)
 
 
-def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+def gather(pages: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """The pages of `blocks` [sequences, n] as [sequences, num_kv_heads, tokens, dim]."""
+    gathered = pages.index_select(0, blocks.flatten())  # [sequences * n, block_size, num_kv_heads, dim]
+    return gathered.view(blocks.shape[0], -1, *pages.shape[2:]).transpose(1, 2)
 
 
-def _gather(plan: GatherPlan, pages: torch.Tensor) -> torch.Tensor:
-    """Pages of a plan as [sequences, num_kv_heads, tokens, dim]."""
-    gathered = pages.index_select(0, plan.blocks)  # [blocks, block_size, num_kv_heads, dim]
-    return gathered.view(plan.num_sequences, plan.num_tokens, *pages.shape[2:]).transpose(1, 2)
-
-
-def _attend_decodes(
-    plan: GatherPlan, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """One query row per sequence; the heads of a KV group are rows of one matrix, so no key is repeated."""
-    num_rows, num_heads, head_dim = query.shape
-    grouped = query.reshape(num_rows, keys.shape[2], -1, head_dim)  # [rows, num_kv_heads, group, head_dim]
-    output = scaled_dot_product_attention(
-        grouped, _gather(plan, keys), _gather(plan, values), attn_mask=plan.mask, scale=scale
-    )
-    return output.reshape(num_rows, num_heads, values.shape[3])
-
-
-def _attend_chunk(
-    plan: GatherPlan, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
-    output = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        _gather(plan, keys),
-        _gather(plan, values),
-        attn_mask=plan.mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != keys.shape[2],
-    )
-    return output[0].transpose(0, 1)
-
-
-def _attend_fresh(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    output = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        is_causal=True,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output[0].transpose(0, 1)
+def _rows(span: Span) -> slice:
+    return slice(span.first_row, span.first_row + span.num_rows)
