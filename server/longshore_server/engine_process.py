@@ -1,0 +1,173 @@
+"""The engine process: loads the model, serves HTTP workers over a private socket, ends with its supervisor.
+
+`python -m longshore_server.engine_process --socket PATH --config-json JSON`. Tells its supervisor on standard
+output, one JSON object a line: `ready`, `beat` or `error`. It owns no client's socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longshore.errors import ConfigError, LongshoreError
+from longshore_server.config import CoreConfig, from_json
+from longshore_server.engine_loop import EngineBrokenError, EngineLoop
+from longshore_server.engine_socket import EngineSocket
+from longshore_server.engines.base import ModelInfo
+from longshore_server.lifeline import die_with_parent
+from longshore_server.model_folder import check_model_folder, model_digest
+from longshore_server.native.errors import NativeEngineError
+from longshore_server.trial import TrialNote
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG = 2
+EXIT_BROKEN = 70
+TRIAL_NOTE_NAME = "trial"
+
+EngineFactory = Callable[[CoreConfig], Any]
+
+
+def native_engine(config: CoreConfig) -> Any:
+    """The native engine with these settings; raises NativeEngineError when it can't start."""
+    import torch
+
+    from longshore_server.native import EngineConfig, NativeEngine
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return NativeEngine(
+        EngineConfig(
+            model=config.model,
+            load_format=config.load_format,
+            dtype=config.dtype,
+            device=device,
+            block_size=config.block_size,
+            num_kv_blocks=config.num_kv_blocks,
+            kv_memory_bytes=config.kv_memory_bytes,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_waiting=config.max_waiting,
+            enable_prefix_cache=config.enable_prefix_cache,
+            batch_invariant=config.batch_invariant,
+            seed=config.seed,
+        )
+    )
+
+
+def serve_engine(config: CoreConfig, socket_path: Path, factory: EngineFactory, status: _StatusPipe) -> int:
+    """Runs the engine until SIGTERM; returns the exit code."""
+    try:
+        check_model_folder(config)
+        engine = factory(config)
+        info = _model_info(config, engine)
+    except (NativeEngineError, LongshoreError) as error:
+        status.tell(error=" ".join(str(error).split()))
+        return EXIT_CONFIG
+    note = TrialNote(socket_path.parent / TRIAL_NOTE_NAME)
+    server = EngineSocket(
+        socket_path,
+        info,
+        frozenset(engine.capabilities),
+        incarnation=secrets.token_hex(8),
+        blamed=note.blamed,
+        step_timeout_s=config.engine_step_timeout_s,
+        beat=lambda: status.tell(beat=1),
+        stuck=_die_stuck,
+    )
+    max_streams = config.max_num_seqs + config.max_waiting
+    loop = EngineLoop(engine, send=server.send, note=note, max_streams=max_streams)
+    _stop_on_signals(loop)
+    server.start(loop)
+    status.tell(ready=info.name)
+    return _run(loop, server)
+
+
+def _run(loop: EngineLoop, server: EngineSocket) -> int:
+    try:
+        loop.run()
+    except EngineBrokenError as error:
+        logger.critical("the engine is broken: %s", error)
+        return EXIT_BROKEN
+    server.close()
+    return 0
+
+
+def _model_info(config: CoreConfig, engine: Any) -> ModelInfo:
+    return ModelInfo(
+        name=config.model_name,
+        digest=model_digest(config),
+        max_model_len=engine.max_model_len,
+        eos_token_ids=frozenset(engine.eos_token_ids),
+        vocab_size=engine.vocab_size,
+    )
+
+
+def _stop_on_signals(loop: EngineLoop) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.stop())
+
+
+# -- what the supervisor is told ---------------------------------------------------------------
+
+
+class _StatusPipe:
+    """The pipe behind standard output, kept for status lines: what libraries print goes to standard error."""
+
+    def __init__(self) -> None:
+        self._fd = os.dup(1)
+        os.dup2(2, 1)
+        os.set_blocking(self._fd, False)  # a supervisor that is suspended must not suspend the engine
+        self._lock = threading.Lock()
+
+    def tell(self, **fields: Any) -> None:
+        """One line to the supervisor; if it is gone, so is the reason to go on."""
+        try:
+            with self._lock:
+                os.write(self._fd, json.dumps(fields).encode() + b"\n")
+        except BlockingIOError:
+            pass  # thousands of lines unread: one sign of life more says nothing
+        except OSError:
+            os._exit(1)
+
+
+def _die_stuck(age_s: float) -> None:
+    logger.critical("one step has taken %.0f s; ending this engine", age_s)
+    os._exit(EXIT_BROKEN)
+
+
+def main(argv: list[str] | None = None, *, factory: EngineFactory = native_engine) -> int:
+    """Entry of the process."""
+    parser = argparse.ArgumentParser(prog="longshore_server.engine_process")
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--config-json", required=True)
+    parser.add_argument("--parent", type=int, help="process id to live no longer than")
+    arguments = parser.parse_args(argv)
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent, lifeline_fd=sys.stdin.fileno())
+    status = _StatusPipe()
+    try:
+        config = from_json(arguments.config_json)
+    except ConfigError as error:
+        status.tell(error=error.message)
+        return EXIT_CONFIG
+    logging.basicConfig(level=config.log_level.upper(), format="longshore engine: %(levelname)s %(message)s")
+    code = serve_engine(config, arguments.socket, factory, status)
+    os._exit(code)  # a broken engine may leave threads behind that never end
+
+
+if __name__ == "__main__":
+    main()
