@@ -46,11 +46,13 @@ class Admission:
         max_running: int,
         max_waiting: int,
         max_per_tenant: int,
+        on_waiting: Callable[[int], None] = lambda num_waiting: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_per_tenant = max_per_tenant
+        self._on_waiting = on_waiting
         self._clock = clock
         self._num_running = 0
         self._line: list[_Waiter] = []
@@ -117,11 +119,14 @@ class Admission:
             self._num_running += num_slots
             return
         waiter = self._join(priority_of(lane), num_slots)
+        self._on_waiting(len(self._line))
         try:
             await waiter.turn
         except BaseException:
             self._give_up(waiter)
             raise
+        finally:
+            self._on_waiting(len(self._line))
 
     def _join(self, priority: int, num_slots: int) -> _Waiter:
         if len(self._line) >= self._max_waiting:

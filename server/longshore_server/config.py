@@ -71,8 +71,8 @@ class CoreConfig:
     `device` and the engine's sizes go to the native engine as they are. `default_max_tokens` None lets an
     answer fill the context; `default_deadline_s` bounds a request that names no deadline.
     `reader_timeout_s` is how long a client may take nothing of its answer before the answer is given up,
-    `template_timeout_s` what one chat template may take. `engine_silence_s` is how long the engine process may
-    give no sign of life, `engine_step_timeout_s` how long one step may take.
+    `template_timeout_s` what one chat template may take. `engine_silence_s` is how long the engine process
+    may give no sign of life, `engine_step_timeout_s` how long one step may take.
     """
 
     # where it listens and who it is

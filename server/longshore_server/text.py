@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from longshore.detokenize import IncrementalText
-from longshore.errors import ConfigError, PromptTooLongError, UnsupportedParameterError
+from longshore.errors import ConfigError, UnsupportedParameterError
 from longshore.wire import AnyRequest, ChatRequest, Message, TokenLogprob, TopLogprob
 from longshore_server.chat_template import ChatTemplate
 from longshore_server.token_bytes import TokenBytes
@@ -116,16 +116,6 @@ class ModelText:
     def _text_and_value(self, token_id: int, logprob: float) -> tuple[str, float]:
         # JSON has no -inf; -9999.0 is what OpenAI's API says of a token that can't come
         return self._bytes.text_of(token_id), max(logprob, -9999.0)
-
-
-def check_prompt_length(num_tokens: int, max_model_len: int, param: str) -> None:
-    """Raises PromptTooLongError unless at least one token of answer fits behind the prompt."""
-    if num_tokens >= max_model_len:
-        raise PromptTooLongError(
-            f"the prompt has {num_tokens} tokens; this model takes {max_model_len} tokens in all, "
-            "at least one of them for the answer",
-            param=param,
-        )
 
 
 def check_text_only(request: AnyRequest) -> None:

@@ -1,0 +1,19 @@
+"""WebSocket `/v1/stream`: many generations over one socket, each with its own credit and its own end."""
+
+from __future__ import annotations
+
+from starlette.websockets import WebSocket
+
+from longshore_server.auth import WEBSOCKET_PROTOCOL
+from longshore_server.routes.deps import KnownCaller, Service, protected_router
+from longshore_server.routes.socket import SocketSession
+
+router = protected_router()
+
+
+@router.websocket("/v1/stream")
+async def stream(websocket: WebSocket, caller: KnownCaller, service: Service) -> None:
+    """Serve one socket until the client leaves."""
+    offered = websocket.scope.get("subprotocols", ())
+    await websocket.accept(WEBSOCKET_PROTOCOL if WEBSOCKET_PROTOCOL in offered else None)
+    await SocketSession(websocket, caller, service).serve()
