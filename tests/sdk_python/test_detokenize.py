@@ -58,7 +58,7 @@ def cut_at_stop(whole: str, stops: list[str]) -> tuple[str, bool]:
 
 
 @given(st.data(), BYTES, STOPS)
-@example(None, b"ab", ["abc", "b"])
+@example(None, b"abc", ["abc", "b"])
 @example(None, "a\N{GRINNING FACE}b".encode(), ["\N{GRINNING FACE}b"])
 def test_any_cut_gives_the_same_text(data: st.DataObject | None, whole: bytes, stops: list[str]) -> None:
     expected = cut_at_stop(whole.decode(errors="replace"), stops)
