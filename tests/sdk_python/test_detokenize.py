@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from wire_strategies import cuts
 
 from longshore.detokenize import IncrementalText
+from wire_strategies import cuts
 
 pytestmark = pytest.mark.fuzz
 

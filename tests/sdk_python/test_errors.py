@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wire_strategies import any_json
 
 from longshore import errors
 from longshore.errors import LongshoreError, from_body
 from longshore.wire import dump_json, load_json
+from wire_strategies import any_json
 
 
 def tree(

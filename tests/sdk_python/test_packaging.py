@@ -28,7 +28,14 @@ HEAVY = {
     "granian",
 }
 # What comes with every environment, and Longshore itself: not its dependencies.
-NOT_DEPENDENCIES = ("pip", "setuptools", "_distutils_hack", "distutils-precedence.pth", "longshore")
+NOT_DEPENDENCIES = (
+    "pip",
+    "setuptools",
+    "pkg_resources",
+    "_distutils_hack",
+    "distutils-precedence.pth",
+    "longshore",
+)
 LEAVES = [
     "errors.py",
     "sse.py",

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from wire_strategies import instances
 
 from longshore.errors import AuthenticationError, ConfigError
 from longshore.signing import (
@@ -19,6 +18,7 @@ from longshore.signing import (
     verify_assertion,
 )
 from longshore.wire import MAX_ASSERTION_AGE_S, Assertion, dump_json, encode
+from wire_strategies import instances
 
 pytestmark = pytest.mark.fuzz
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from wire_strategies import any_json, cuts, instances
 
 from longshore import sse, wire
 from longshore.errors import (
@@ -20,6 +19,7 @@ from longshore.errors import (
 )
 from longshore.sse import ServerEvent, SseDecoder
 from longshore.wire import limits
+from wire_strategies import any_json, cuts, instances
 
 pytestmark = pytest.mark.fuzz
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from wire_strategies import any_json, damaged, instances
 
 from longshore import wire
 from longshore.errors import (
@@ -27,6 +26,7 @@ from longshore.errors import (
     UnsupportedParameterError,
 )
 from longshore.wire import dump_json, encode, limits, load_json
+from wire_strategies import any_json, damaged, instances
 
 pytestmark = pytest.mark.fuzz
 
@@ -253,7 +253,11 @@ SEGMENT = {"number": 0, "tier": "core", "node": "n", "model_digest": "0" * 16, "
 def files_of(count: int) -> None:
     file = {"sha256": "0" * 64, "size_bytes": 1}
     body = {
-        **{"name": "m", "version": 1, "model_digest": "0" * 16, "tokenizer_file": "f0", "opset": 21},
+        "name": "m",
+        "version": 1,
+        "model_digest": "0" * 16,
+        "tokenizer_file": "f0",
+        "opset": 21,
         "files": [file | {"path": f"f{n}"} for n in range(count)],
         "variants": [{"name": "v", "file": "f0", "precision": "fp32"}],
         "kv": {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "max_tokens": 1},
@@ -544,7 +548,7 @@ def test_rules_of_a_manifest(manifest: wire.Manifest) -> None:
     for bad in (
         {"variants": [variant, variant]},
         {"version": 0},
-        {"min_onnxruntime": "١.٢"},
+        {"min_onnxruntime": "\N{ARABIC-INDIC DIGIT ONE}"},
         {"eos_token_ids": [-1]},
     ):
         with pytest.raises(BundleDamagedError):

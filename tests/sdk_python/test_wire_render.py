@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wire_strategies import TEXT, any_json, instances
 
 from longshore import wire
 from longshore.errors import AnswerInterruptedError, ProtocolError
@@ -20,6 +19,7 @@ from longshore.wire import (
     FinishEvent,
     TokenEvent,
 )
+from wire_strategies import TEXT, any_json, instances
 
 pytestmark = pytest.mark.fuzz
 
