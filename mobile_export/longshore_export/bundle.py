@@ -1,0 +1,131 @@
+"""Writes a bundle folder: graph, tokenizer and manifest, checked before the folder appears under its name.
+
+Owns what stands in the manifest; installing bundles is the SDK's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from longshore.bundle import load_bundle, model_digest
+from longshore.signing import PrivateKey, encode_base64url
+from longshore.wire import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    BundleFile,
+    KvGeometry,
+    Manifest,
+    Variant,
+    dump_json,
+    encode,
+    load_manifest,
+)
+from longshore_export.chat_table import read_chat_template
+from longshore_export.checkpoint import Checkpoint, load_checkpoint
+from longshore_export.errors import ExportError
+from longshore_export.graph import MIN_ONNXRUNTIME, OPSET, build_graph, required_operators
+from longshore_export.verify import Parity, check_parity
+
+MODEL_NAME = "model.onnx"
+TOKENIZER_NAME = "tokenizer.json"
+CHUNK_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """The operator's key and the id under which devices know its public half."""
+
+    key_id: str
+    key: PrivateKey
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A bundle that was written, and how far its graph is from torch."""
+
+    path: Path
+    manifest: Manifest
+    parity: Parity
+
+
+def export_student(
+    model_dir: Path,
+    out_dir: Path,
+    *,
+    name: str | None = None,
+    version: int = 1,
+    max_tokens: int | None = None,
+    signing_key: SigningKey | None = None,
+) -> Exported:
+    """Export a Hugging Face folder to a bundle in fp32; `name` is the folder's unless it is given.
+
+    A bundle already at `out_dir` is replaced, anything else there is left alone and refused. Raises
+    ExportError or a subclass, ParityError where graph and torch differ; nothing is written then.
+    """
+    _check_out(out_dir)
+    checkpoint = load_checkpoint(model_dir, max_tokens)
+    chat_template = read_chat_template(model_dir)
+    model = build_graph(checkpoint.shape, checkpoint.weights, checkpoint.cos, checkpoint.sin)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export-") as work:
+        folder = Path(work) / "bundle"
+        folder.mkdir()
+        (folder / MODEL_NAME).write_bytes(model.SerializeToString(deterministic=True))
+        parity = check_parity(folder / MODEL_NAME, checkpoint)
+        shutil.copyfile(model_dir / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+        manifest = Manifest(
+            name=name or model_dir.resolve().name,
+            version=version,
+            model_digest=model_digest(model_dir),
+            files=tuple(_describe(folder, path) for path in (MODEL_NAME, TOKENIZER_NAME)),
+            variants=(Variant("fp32", MODEL_NAME, "fp32", "built", required_operators(model)),),
+            tokenizer_file=TOKENIZER_NAME,
+            kv=_kv(checkpoint),
+            chat_template=chat_template,
+            eos_token_ids=checkpoint.eos_token_ids,
+            min_onnxruntime=MIN_ONNXRUNTIME,
+            opset=OPSET,
+            capabilities={"images": False, "vocab_size": checkpoint.shape.vocab_size},
+        )
+        manifest = _write_manifest(folder, manifest, signing_key)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        folder.rename(out_dir)
+    return Exported(out_dir, manifest, parity)
+
+
+def _check_out(out_dir: Path) -> None:
+    if out_dir.is_symlink() or (out_dir.exists() and not out_dir.is_dir()):
+        raise ExportError(f"{out_dir} is in the way")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / MANIFEST_NAME).is_file():
+        raise ExportError(f"{out_dir} holds something that is not a bundle")
+
+
+def _kv(checkpoint: Checkpoint) -> KvGeometry:
+    shape = checkpoint.shape
+    return KvGeometry(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.max_tokens)
+
+
+def _describe(folder: Path, path: str) -> BundleFile:
+    data = (folder / path).read_bytes()
+    chunks = [data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES)]
+    digests = tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks)
+    whole = hashlib.sha256(data).hexdigest()
+    return BundleFile(path, len(data), whole, CHUNK_BYTES, digests)
+
+
+def _write_manifest(folder: Path, manifest: Manifest, signing_key: SigningKey | None) -> Manifest:
+    """Write and sign it, then read the whole bundle back as a device would."""
+    if signing_key is not None:
+        manifest = replace(manifest, key_id=signing_key.key_id)
+    body = dump_json(encode(manifest))
+    load_manifest(body)
+    (folder / MANIFEST_NAME).write_bytes(body)
+    if signing_key is None:
+        return load_bundle(folder)
+    (folder / SIGNATURE_NAME).write_text(encode_base64url(signing_key.key.sign(body)) + "\n", "ascii")
+    return load_bundle(folder, trusted_keys={signing_key.key_id: signing_key.key.public_key})

@@ -1,0 +1,74 @@
+"""`longshore export ...`; imports torch and onnx only when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longshore_export.bundle import SigningKey
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the `export` command."""
+    parser = subparsers.add_parser("export", help="make a model bundle for devices")
+    actions = parser.add_subparsers(dest="action", required=True)
+    student = actions.add_parser("student", help="export a Hugging Face folder to an ONNX bundle")
+    student.add_argument("--model", type=Path, required=True, help="Hugging Face folder with safetensors")
+    student.add_argument("--out", type=Path, required=True, help="bundle folder to write")
+    student.add_argument("--name", help="name of the bundle; the model folder's by default")
+    student.add_argument("--version", type=int, default=1, help="grows with each release (default: 1)")
+    student.add_argument(
+        "--precision", choices=("fp32",), default="fp32", help="number format of the weights"
+    )
+    student.add_argument("--max-tokens", type=int, help="context on the device; the model's by default")
+    student.add_argument(
+        "--sign-key", type=Path, metavar="FILE", help="file with the Ed25519 key to sign with"
+    )
+    student.add_argument("--key-id", help="id under which devices know the key")
+    student.set_defaults(run=_student)
+
+
+def _student(args: argparse.Namespace) -> int:
+    from longshore.errors import ConfigError
+
+    try:
+        from longshore_export.bundle import export_student
+    except ImportError as error:
+        raise ConfigError(
+            f"export needs more packages ({error.name} is missing): install longshore[export]"
+        ) from None
+    exported = export_student(
+        args.model,
+        args.out,
+        name=args.name,
+        version=args.version,
+        max_tokens=args.max_tokens,
+        signing_key=_signing_key(args),
+    )
+    manifest, parity = exported.manifest, exported.parity
+    size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
+    print(f"{exported.path}: {manifest.name} {manifest.version}, {args.precision}, {size_mb:.1f} MB")
+    print(
+        f"parity with torch: logits within {parity.max_logit_difference:.1e} over {parity.num_prompts} "
+        f"prompts, {parity.num_greedy_tokens} greedy tokens equal"
+    )
+    return 0
+
+
+def _signing_key(args: argparse.Namespace) -> SigningKey | None:
+    from longshore.errors import ConfigError
+
+    if args.sign_key is None:
+        return None
+    from longshore.signing import PrivateKey
+    from longshore_export.bundle import SigningKey
+
+    if not args.key_id:
+        raise ConfigError("--sign-key needs --key-id")
+    try:
+        text = args.sign_key.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key {args.sign_key} can't be read: {error}") from None
+    return SigningKey(args.key_id, PrivateKey(text))

@@ -1,0 +1,131 @@
+"""Parity of a built graph with torch: logits over prompts and pieces, and greedy answers token by token.
+
+Runs the graph through ONNX Runtime with bindings of its own, so that it checks the file and not the device
+runtime's idea of it. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longshore_export.checkpoint import Checkpoint
+from longshore_export.errors import ParityError
+from longshore_export.shape import DecoderShape
+
+MAX_LOGIT_DIFFERENCE = 1e-4
+NUM_GREEDY_TOKENS = 64
+PROMPT_LENGTHS = (1, 5, 33, 128)
+SEED = 20
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What was compared: the largest difference of a logit, and how many greedy tokens were equal."""
+
+    max_logit_difference: float
+    num_prompts: int
+    num_greedy_tokens: int
+
+
+def check_parity(model_file: Path, checkpoint: Checkpoint) -> Parity:
+    """Compare the graph in `model_file` with torch in fp32; raises ParityError where they differ too much."""
+    shape, rng = checkpoint.shape, random.Random(SEED)
+    runner = _Runner(model_file, shape)
+    longest = max(1, shape.max_tokens - NUM_GREEDY_TOKENS - 1)
+    lengths = sorted({min(length, longest) for length in PROMPT_LENGTHS})
+    worst = 0.0
+    num_equal = 0
+    for length in lengths:
+        prompt = [rng.randrange(shape.vocab_size) for _ in range(length)]
+        worst = max(worst, _logit_difference(runner, checkpoint.model, prompt))
+        num_equal += _equal_greedy(runner, checkpoint.model, prompt, shape.max_tokens)
+    return Parity(worst, len(lengths), num_equal)
+
+
+class _Runner:
+    """The graph with fresh buffers."""
+
+    def __init__(self, model_file: Path, shape: DecoderShape) -> None:
+        import onnxruntime
+
+        self._ort = onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(model_file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own classes share no base of their own
+            raise ParityError(f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}") from None
+        dims = (1, shape.num_kv_heads, shape.max_tokens, shape.head_dim)
+        names = [f"{what}.{layer}" for layer in range(shape.num_layers) for what in ("key", "value")]
+        self._cache = {name: self._wrap(np.zeros(dims, np.float32)) for name in names}
+
+    def run(self, token_ids: list[int], num_past: int, rows: list[int]) -> Floats:
+        """Logits [rows, vocab] of some of `token_ids`, which stand after `num_past` tokens."""
+        binding, total = self._session.io_binding(), num_past + len(token_ids)
+        feeds: dict[str, NDArray[Any]] = {
+            "input_ids": np.array([token_ids], np.int64),
+            "rows": np.array(rows, np.int64),
+            "seqlens_k": np.array([total - 1], np.int32),
+            "total_sequence_length": np.array([total], np.int32),
+        }
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        for name, cache in self._cache.items():
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        # The cached buffers are outputs too; only the logits, bound last, are wanted.
+        logits: Floats = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def _wrap(self, array: NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+@torch.no_grad()
+def _logit_difference(runner: _Runner, model: Any, prompt: list[int]) -> float:
+    """The largest over all positions, computed at once, and in two pieces over the cache."""
+    expected = model(torch.tensor([prompt])).logits[0].numpy()  # [tokens, vocab]
+    rows = list(range(len(prompt)))
+    worst = float(np.abs(runner.run(prompt, 0, rows) - expected).max())
+    cut = len(prompt) // 2
+    if cut:
+        runner.run(prompt[:cut], 0, [cut - 1])
+        rest = prompt[cut:]
+        got = runner.run(rest, cut, list(range(len(rest))))
+        worst = max(worst, float(np.abs(got - expected[cut:]).max()))
+    if not worst <= MAX_LOGIT_DIFFERENCE:
+        raise ParityError(f"a logit differs from torch's by {worst:.2e}, over {MAX_LOGIT_DIFFERENCE:.0e}")
+    return worst
+
+
+@torch.no_grad()
+def _equal_greedy(runner: _Runner, model: Any, prompt: list[int], max_tokens: int) -> int:
+    """Tokens of a greedy answer, equal on both sides. A tie within the tolerance may go either way."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    step, past = prompt, 0
+    num_tokens = min(NUM_GREEDY_TOKENS, max_tokens - len(prompt))
+    for index in range(num_tokens):
+        theirs = model(torch.tensor([step]), past_key_values=cache, use_cache=True).logits[0, -1].numpy()
+        ours = runner.run(step, past, [len(step) - 1])[0]
+        past += len(step)
+        expected, got = int(theirs.argmax()), int(ours.argmax())
+        if expected != got and theirs[expected] - theirs[got] > MAX_LOGIT_DIFFERENCE:
+            raise ParityError(f"greedy token {index} is {got}, and {expected} in torch")
+        step = [expected]
+    return num_tokens

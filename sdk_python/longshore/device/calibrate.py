@@ -1,0 +1,53 @@
+"""How fast this device is with this model, measured at start; what routing goes by instead of a guess."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longshore.device.session import DecoderSession
+
+PREFILL_TOKENS = 64
+MAX_DECODE_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Seconds to load the model, and tokens per second of reading a prompt and of writing an answer."""
+
+    load_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+    def expected_ttft_s(self, num_prompt_tokens: int) -> float:
+        """Time to the first token of an idle device, in seconds."""
+        return num_prompt_tokens / self.prefill_tokens_per_s
+
+    def expected_total_s(self, num_prompt_tokens: int, num_answer_tokens: int) -> float:
+        """Time for a whole answer on an idle device, in seconds."""
+        return self.expected_ttft_s(num_prompt_tokens) + num_answer_tokens / self.decode_tokens_per_s
+
+
+def measure(session: DecoderSession, budget_s: float) -> tuple[float, float]:
+    """(prefill, decode) tokens per second, medians over about `budget_s`; the cache's content is lost."""
+    num_prompt = max(1, min(PREFILL_TOKENS, session.max_tokens // 2))
+    prompt = [token_id % session.vocab_size for token_id in range(num_prompt)]
+    session.forward(prompt, 0)  # the first run allocates and is no measure
+    prefill_s = _median_s(lambda _: session.forward(prompt, 0), budget_s / 2, 64)
+    num_steps = min(MAX_DECODE_STEPS, session.max_tokens - num_prompt)
+    decode_s = _median_s(lambda step: session.forward([0], num_prompt + step), budget_s / 2, num_steps)
+    return num_prompt / prefill_s, 1 / decode_s
+
+
+def _median_s(run: Callable[[int], object], budget_s: float, max_runs: int) -> float:
+    times: list[float] = []
+    end_s = time.perf_counter() + budget_s
+    while len(times) < 3 or (len(times) < max_runs and time.perf_counter() < end_s):
+        begin_s = time.perf_counter()
+        run(len(times) % max_runs)
+        times.append(time.perf_counter() - begin_s)
+    return max(statistics.median(times), 1e-9)

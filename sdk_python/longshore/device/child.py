@@ -1,0 +1,173 @@
+"""The model process: loads one graph under limits, answers one job at a time, and ends with its parent.
+
+    in    load {model, kv, num_threads, chunk, calibration_s, memory_limit_bytes}, job {...}, cancel {id}
+    out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, error {id, kind, message}
+
+It opens no socket and no file but the model, and holds no text of anyone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from longshore.device.frames import Frame, read_frame, write_frame
+
+if TYPE_CHECKING:
+    from longshore.device.generate import GeneratedToken, Generator, Job
+
+EXIT_FAILED = 70
+PARENT_POLL_S = 1.0
+_MAX_FILE_BYTES = 1024 * 1024
+
+
+class _Inbox:
+    """Frames from the parent, read by a thread of their own, so that a cancel is seen between two tokens."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._cancelled_up_to = -1
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def get(self) -> Frame:
+        return self._frames.get()
+
+    def is_cancelled(self, job_id: int) -> bool:
+        return job_id <= self._cancelled_up_to
+
+    def _read(self) -> None:
+        with suppress(BaseException):
+            while (frame := read_frame(self._stream)) is not None:
+                if frame["type"] == "cancel":
+                    self._cancelled_up_to = frame["id"]
+                else:
+                    self._frames.put(frame)
+        os._exit(0)  # the parent is gone or closed the pipe; nobody waits for what is being computed
+
+
+def main() -> None:
+    """Serve the parent on stdin and stdout until it leaves."""
+    source, sink = sys.stdin.buffer, _claim_stdout()
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    inbox = _Inbox(source)
+    try:
+        generator = _load(inbox.get(), sink)
+        while True:
+            _answer(generator, inbox, inbox.get(), sink)
+    except BrokenPipeError:
+        os._exit(0)
+    except BaseException as error:  # whatever a model makes the runtime raise is told, then ends this process
+        _tell_failure(sink, error)
+        os._exit(EXIT_FAILED)
+
+
+def _claim_stdout() -> BinaryIO:
+    """The pipe to the parent; anything that a library prints goes to stderr instead."""
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return sink
+
+
+def _leave_with_parent(parent: int) -> None:
+    """End when the parent has ended, even where another process still holds its end of the pipe."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(0)
+
+
+def _tell_failure(sink: BinaryIO, error: BaseException) -> None:
+    kind = "memory" if isinstance(error, MemoryError) or "alloc" in str(error).lower() else "failed"
+    message = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace").decode()
+    with suppress(BaseException):
+        write_frame(sink, {"type": "error", "id": None, "kind": kind, "message": message})
+
+
+# --- loading ---
+
+
+def _load(frame: Frame, sink: BinaryIO) -> Generator:
+    _limit(frame["memory_limit_bytes"])
+    begin_s = time.perf_counter()
+    import onnxruntime
+
+    from longshore.device.calibrate import measure
+    from longshore.device.generate import Generator
+    from longshore.device.session import DecoderSession
+    from longshore.wire import KvGeometry
+
+    session = DecoderSession(Path(frame["model"]), KvGeometry(**frame["kv"]), frame["num_threads"])
+    load_s = time.perf_counter() - begin_s
+    prefill, decode = measure(session, frame["calibration_s"])
+    ready = {"load_s": load_s, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
+    ready |= {"vocab_size": session.vocab_size, "onnxruntime": onnxruntime.__version__}
+    write_frame(sink, {"type": "ready", **ready})
+    return Generator(session, frame["chunk"])
+
+
+def _limit(memory_bytes: int) -> None:
+    """Cap private writable memory, and forbid core dumps and large files, where the system can.
+
+    RLIMIT_DATA counts heap and private mappings and not the mapped libraries, so that the cap means what it
+    says; macOS and Windows have no such limit, and there the cap is not enforced.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    for name, value in (
+        ("RLIMIT_DATA", memory_bytes),
+        ("RLIMIT_CORE", 0),
+        ("RLIMIT_FSIZE", _MAX_FILE_BYTES),
+    ):
+        kind = getattr(resource, name)
+        _, hard = resource.getrlimit(kind)
+        wanted = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (wanted, wanted))
+
+
+# --- answering ---
+
+
+def _answer(generator: Generator, inbox: _Inbox, frame: Frame, sink: BinaryIO) -> None:
+    job_id = frame["id"]
+
+    def emit(token: GeneratedToken) -> None:
+        sampled = token.sampled
+        out: Frame = {"type": "token", "id": job_id, "token_id": sampled.token_id, "offset": token.offset}
+        if token.num_cached:
+            out["num_cached"] = token.num_cached
+        if sampled.logprob is not None:
+            out |= {"logprob": sampled.logprob, "top_logprobs": sampled.top_logprobs}
+        if token.ending is not None:
+            out["ending"] = token.ending
+        write_frame(sink, out)
+
+    reason = generator.run(_job(frame), emit, lambda: inbox.is_cancelled(job_id))
+    write_frame(sink, {"type": "end", "id": job_id, "reason": reason})
+
+
+def _job(frame: Frame) -> Job:
+    from longshore.device.generate import Job
+    from longshore.device.sampling import SamplingSettings
+
+    sampling = dict(frame["sampling"])
+    sampling["logit_bias"] = {int(key): value for key, value in sampling.get("logit_bias", {}).items()}
+    return Job(
+        prompt=tuple(frame["prompt"]),
+        generated=tuple(frame["generated"]),
+        max_tokens=frame["max_tokens"],
+        stop_token_ids=tuple(frame["stop_token_ids"]),
+        sampling=SamplingSettings(**sampling),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a request asks of the student, worked out before anything runs: prompts, limits, where it goes on.
+
+Pure functions of request, manifest and text; refuses what this model can't do. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from longshore.device.seeds import sub_seed
+from longshore.device.text import StudentText, check_text_only
+from longshore.errors import InvalidRequestError, OutOfRangeError, PromptTooLongError
+from longshore.wire import AnyRequest, ChatRequest, Continuation, FinishReason, Manifest, new_request_id
+
+VOCAB_SIZE = "vocab_size"  # the manifest's capability that names it
+_MASK_64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoicePlan:
+    """One answer: `generated` are its tokens so far, the last of `offset` tokens and `byte_offset` bytes.
+
+    `max_tokens` counts `generated` in. Where another model began the answer, its text stands in `prompt`,
+    `generated` is empty and `offset` counts the other model's tokens.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    offset: int
+    byte_offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A request made ready: its choices in the order in which they are answered."""
+
+    request_id: str
+    choices: tuple[ChoicePlan, ...]
+    stop_strings: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    sampling: dict[str, Any]  # of all choices; the seed is a choice's own
+    segment: int
+    resumed: bool
+    num_prompt_tokens: int
+
+    def ending(self, choice: ChoicePlan) -> FinishReason | None:
+        """Why the answer so far is whole already, or None."""
+        so_far, min_tokens = choice.generated, int(self.sampling["min_tokens"])
+        if so_far and so_far[-1] in self.stop_token_ids and len(so_far) > min_tokens:
+            return "stop"
+        return "length" if len(so_far) >= choice.max_tokens else None
+
+    def job(self, choice: ChoicePlan) -> dict[str, Any]:
+        """The choice as the model process takes it."""
+        return {
+            "prompt": choice.prompt,
+            "generated": choice.generated,
+            "max_tokens": choice.max_tokens,
+            "stop_token_ids": self.stop_token_ids,
+            "sampling": self.sampling | {"seed": choice.seed},
+        }
+
+
+def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Plan:
+    """Raises InvalidRequestError or a subclass, naming the field."""
+    check_text_only(request)
+    continuation = request.longshore.continue_from
+    is_same_model = continuation is not None and _is_ours(continuation, manifest)
+    answer_so_far = continuation.text if continuation and not is_same_model else ""
+    generated = continuation.token_ids if continuation and is_same_model else ()
+    prompts = text.prompts(request, answer_so_far)
+    offset = len(continuation.token_ids) if continuation else 0
+    _check(request, manifest, prompts, generated)
+    seed = (secrets.randbits(64) if request.seed is None else request.seed) & _MASK_64
+    choices = []
+    for number, prompt in enumerate(prompts):
+        room = manifest.kv.max_tokens - len(prompt)
+        limit = room if request.token_limit is None else request.token_limit - (offset - len(generated))
+        for copy in range(request.n):
+            index = number * request.n + copy
+            choices.append(
+                ChoicePlan(
+                    index=index,
+                    prompt=prompt,
+                    generated=generated,
+                    max_tokens=min(limit, room),
+                    seed=sub_seed(seed, index),
+                    offset=offset,
+                    byte_offset=len(answer_so_far.encode()),
+                )
+            )
+    return Plan(
+        request_id=request.longshore.request_id or new_request_id(),
+        choices=tuple(choices),
+        stop_strings=request.stop_strings,
+        stop_token_ids=() if request.ignore_eos else manifest.eos_token_ids,
+        sampling=_sampling(request),
+        segment=continuation.segment if continuation else 0,
+        resumed=continuation is not None,
+        num_prompt_tokens=sum(map(len, prompts)),
+    )
+
+
+def _is_ours(continuation: Continuation, manifest: Manifest) -> bool:
+    """True if the token ids so far are this model's; without digest and text they are taken to be."""
+    if continuation.model_digest is None:
+        return not continuation.text
+    return continuation.model_digest == manifest.model_digest
+
+
+def _sampling(request: AnyRequest) -> dict[str, Any]:
+    return {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "logit_bias": {int(key): value for key, value in (request.logit_bias or {}).items()},
+        "num_logprobs": request.num_logprobs,
+        "min_tokens": request.min_tokens,
+    }
+
+
+def _check(
+    request: AnyRequest, manifest: Manifest, prompts: list[tuple[int, ...]], generated: tuple[int, ...]
+) -> None:
+    name = "messages" if isinstance(request, ChatRequest) else "prompt"
+    limit, vocab_size = manifest.kv.max_tokens, int(manifest.capabilities.get(VOCAB_SIZE, 0))
+    for prompt in prompts:
+        num_tokens = len(prompt) + len(generated)
+        if not prompt:
+            raise InvalidRequestError("must hold at least one token", param=name)
+        if num_tokens >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {num_tokens} tokens; this model takes {limit} tokens in all, "
+                "at least one of them for the answer",
+                param=name,
+            )
+    if request.token_limit is not None and request.min_tokens > request.token_limit:
+        raise InvalidRequestError("must not be more than max_tokens", param="min_tokens")
+    for param, token_ids in (
+        (name, [token_id for prompt in prompts for token_id in prompt]),
+        ("longshore.continue_from.token_ids", generated),
+        ("logit_bias", [int(key) for key in request.logit_bias or ()]),
+    ):
+        if token_ids and max(token_ids) >= vocab_size:
+            raise OutOfRangeError(f"a token id is not below the vocabulary's {vocab_size}", param=param)

@@ -1,0 +1,43 @@
+"""The settings of the device tier, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longshore.errors import ConfigError
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """How the student runs.
+
+    `memory_limit_bytes` caps the child process's private memory (interpreter, weights, cache and work space
+    together). `max_waiting` bounds the requests that wait while one is answered. `prefill_chunk_tokens` is
+    how much of a prompt is computed between two looks at cancellation. `variant` names one of the bundle's
+    graphs; None takes the first. `cancel_grace_s` is how long a step may go on after a cancel before the
+    child is ended.
+    """
+
+    num_threads: int = 1
+    memory_limit_bytes: int = 1024 * MIB
+    max_waiting: int = 8
+    prefill_chunk_tokens: int = 256
+    calibration_s: float = 0.2
+    start_timeout_s: float = 60.0
+    cancel_grace_s: float = 5.0
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("num_threads", 1, 256),
+            ("memory_limit_bytes", MIB, 2**50),
+            ("max_waiting", 0, 10_000),
+            ("prefill_chunk_tokens", 1, 65_536),
+            ("calibration_s", 0.0, 10.0),
+            ("start_timeout_s", 0.1, 3600.0),
+            ("cancel_grace_s", 0.1, 600.0),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"device setting {name} must be {low} to {high}, not {getattr(self, name)}")

@@ -1,0 +1,279 @@
+"""The small model on this device: requests in, answer events out, one answer at a time.
+
+Owns the line before the model process and that process's starts; the model itself runs in it (child.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Self, cast
+
+from longshore.bundle import check_runtime, load_bundle, read_manifest
+from longshore.detokenize import IncrementalText
+from longshore.device.answer import AnswerWriter
+from longshore.device.calibrate import Calibration
+from longshore.device.call import Call
+from longshore.device.plan import ChoicePlan, make_plan
+from longshore.device.process import Channel, ModelProcess
+from longshore.device.settings import DeviceSettings
+from longshore.device.text import StudentText
+from longshore.device.turn import Turnstile
+from longshore.errors import BundleIncompatibleError, ConfigError, DeviceError, LongshoreError
+from longshore.wire import AnswerEvent, AnyRequest, FinishReason, Manifest, Variant
+
+
+class Student:
+    """A bundle's model, answering on this device.
+
+    Making one reads the manifest and nothing else. `start` checks every file, loads the model into a process
+    of its own and measures it; the first request does so where `start` was not called. Safe to use from
+    several threads and event loops. Raises BundleError where the bundle can't be used.
+    """
+
+    def __init__(self, bundle_dir: Path | str, *, settings: DeviceSettings = DeviceSettings()) -> None:  # noqa: B008
+        self._bundle_dir = Path(bundle_dir)
+        self._settings = settings
+        self.manifest: Manifest = read_manifest(self._bundle_dir)
+        self._variant = _choose_variant(self.manifest, settings.variant)
+        self._turnstile = Turnstile(settings.max_waiting)
+        self._lock = threading.RLock()
+        self._process: ModelProcess | None = None
+        self._finalizer: weakref.finalize[..., Student] | None = None
+        self._calibration: Calibration | None = None
+        self._text: StudentText | None = None
+        self._is_closed = False
+
+    # --- what routing looks at ---
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for the session; at most the setting `max_waiting`."""
+        return self._turnstile.num_waiting
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a request has the session."""
+        return self._turnstile.is_taken
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the last start measured; None before the first."""
+        return self._calibration
+
+    @property
+    def process_id(self) -> int | None:
+        """The model process, for those who watch it; None while there is none."""
+        process = self._process
+        return process.pid if process is not None and process.is_alive else None
+
+    def count_prompt_tokens(self, request: AnyRequest) -> int:
+        """Tokens of the request's prompts together; InvalidRequestError where they can't be made."""
+        return sum(map(len, self._texts().prompts(request)))
+
+    # --- start and end ---
+
+    def start(self) -> Calibration:
+        """Check, load and measure the model; nothing happens while it runs already.
+
+        Raises BundleDamagedError, BundleIncompatibleError, ConfigError where onnxruntime is not installed,
+        and DeviceError where the model process fails.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise DeviceError("this student is closed")
+            if self._calibration is not None and self._process is not None and self._process.is_alive:
+                return self._calibration
+            self._end_process()
+            load_bundle(self._bundle_dir)
+            check_runtime(self.manifest, _onnxruntime_version())
+            self._texts()
+            self._calibration = self._start_process()
+            return self._calibration
+
+    def close(self) -> None:
+        """End the model process; a request in flight ends in DeviceError. Safe to call again."""
+        with self._lock:
+            self._is_closed = True
+            self._end_process()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # --- answering ---
+
+    def stream(self, request: AnyRequest, *, deadline_s: float | None = None) -> Iterator[AnswerEvent]:
+        """The answer's events; closing the iterator cancels it within one step of the model.
+
+        `deadline_s` is a time of `time.monotonic()`; without it the request's own `deadline_ms` counts from
+        now. Raises InvalidRequestError or a subclass (PromptTooLongError) here, and QueueFullError,
+        DeadlineExceededError or DeviceError as it is read. The last FinishEvent has usage and report.
+        """
+        call = Call(_deadline(request, deadline_s))
+        writer = AnswerWriter(
+            make_plan(request, self.manifest, self._texts()), self._texts(), self.manifest.model_digest
+        )
+        return self._events(call, writer)
+
+    async def astream(
+        self, request: AnyRequest, *, deadline_s: float | None = None
+    ) -> AsyncIterator[AnswerEvent]:
+        """As `stream`; cancelling the task or closing the iterator cancels the answer."""
+        call = Call(_deadline(request, deadline_s))
+        loop = asyncio.get_running_loop()
+        out: asyncio.Queue[AnswerEvent | BaseException | None] = asyncio.Queue()
+
+        def pump() -> None:
+            ending: BaseException | None = None
+            try:
+                plan = make_plan(request, self.manifest, self._texts())
+                for event in self._events(
+                    call, AnswerWriter(plan, self._texts(), self.manifest.model_digest)
+                ):
+                    loop.call_soon_threadsafe(out.put_nowait, event)
+            except BaseException as error:  # handed to the reader, who raises it
+                ending = error
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                loop.call_soon_threadsafe(out.put_nowait, ending)
+
+        threading.Thread(target=pump, name="longshore-device", daemon=True).start()
+        try:
+            while (item := await out.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            call.cancel()
+            self._turnstile.nudge()
+
+    def _events(self, call: Call, writer: AnswerWriter) -> Generator[AnswerEvent, None, None]:
+        try:
+            self._turnstile.enter(call, call.is_cancelled, call.deadline_s)
+            call.begun_s = time.monotonic()
+            for choice in writer.plan.choices:
+                yield from self._choice(call, writer, choice)
+        except LongshoreError as error:
+            error.request_id, error.tokens_delivered = writer.plan.request_id, call.num_tokens
+            raise
+        finally:
+            call.end(self._settings.cancel_grace_s)
+            self._turnstile.leave(call)
+
+    def _choice(
+        self, call: Call, writer: AnswerWriter, choice: ChoicePlan
+    ) -> Generator[AnswerEvent, None, None]:
+        detokenizer = self._texts().incremental(writer.plan.stop_strings)
+        detokenizer.prime(choice.generated)
+        reason = "stop" if detokenizer.stopped else writer.plan.ending(choice)
+        if reason is None:
+            reason = yield from self._tokens(call, writer, choice, detokenizer)
+        rest = detokenizer.flush()
+        yield writer.finish(choice, "stop" if detokenizer.stopped else reason, rest.text, call)
+
+    def _tokens(
+        self, call: Call, writer: AnswerWriter, choice: ChoicePlan, detokenizer: IncrementalText
+    ) -> Generator[AnswerEvent, None, FinishReason]:
+        """The tokens of one choice as events; gives why they ended."""
+        process, channel = self._submit(call, writer, choice)
+        is_first = True
+        while True:
+            frame = call.next_frame(process, channel)
+            event = writer.token(choice, detokenizer, frame)
+            call.count(frame.get("num_cached", 0) if is_first else 0)
+            is_first = False
+            yield event
+            if detokenizer.stopped:
+                call.end(self._settings.cancel_grace_s)
+                return "stop"
+            if "ending" in frame:
+                return cast(FinishReason, frame["ending"])
+
+    def _submit(self, call: Call, writer: AnswerWriter, choice: ChoicePlan) -> tuple[ModelProcess, Channel]:
+        """Hand the choice to the model process, which is started again where it had died."""
+        with self._lock:
+            self.start()
+            process = self._process
+        if process is None:
+            raise DeviceError("this student is closed")
+        is_last = choice is writer.plan.choices[-1]
+
+        def ended() -> None:
+            if is_last:  # the next request may have the session, however slowly this answer is read
+                self._turnstile.leave(call)
+
+        channel = process.submit(writer.plan.job(choice), ended)
+        call.attach(process, channel)
+        return process, channel
+
+    # --- the process ---
+
+    def _start_process(self) -> Calibration:
+        process = ModelProcess()
+        finalizer = weakref.finalize(self, process.close)
+        try:
+            ready = process.load(self._load_frame(), self._settings.start_timeout_s)
+        except BaseException:
+            finalizer()
+            raise
+        self._process, self._finalizer = process, finalizer
+        return Calibration(ready["load_s"], ready["prefill_tokens_per_s"], ready["decode_tokens_per_s"])
+
+    def _load_frame(self) -> dict[str, object]:
+        settings = self._settings
+        return {
+            "model": str(self._bundle_dir.resolve() / self._variant.file),
+            "kv": dataclasses.asdict(self.manifest.kv),
+            "num_threads": settings.num_threads,
+            "chunk": settings.prefill_chunk_tokens,
+            "calibration_s": settings.calibration_s,
+            "memory_limit_bytes": settings.memory_limit_bytes,
+        }
+
+    def _end_process(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process, self._finalizer = None, None
+
+    def _texts(self) -> StudentText:
+        with self._lock:
+            if self._text is None:
+                self._text = StudentText(self._bundle_dir, self.manifest)
+            return self._text
+
+
+def _choose_variant(manifest: Manifest, name: str | None) -> Variant:
+    """The graph to run: the one of that name, else the first that this runtime can run."""
+    for variant in manifest.variants:
+        if variant.name == name or (name is None and variant.graph == "built"):
+            return variant
+    known = ", ".join(variant.name for variant in manifest.variants)
+    raise BundleIncompatibleError(
+        f"bundle {manifest.name} has no variant {name or 'built here'}; it has {known}"
+    )
+
+
+def _onnxruntime_version() -> str:
+    """The installed version, without importing it: only the model process does."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:
+        raise ConfigError("the device tier needs more packages: install longshore[device]") from None
+
+
+def _deadline(request: AnyRequest, deadline_s: float | None) -> float | None:
+    deadline_ms = request.longshore.deadline_ms
+    if deadline_s is not None or deadline_ms is None:
+        return deadline_s
+    return time.monotonic() + deadline_ms / 1e3
