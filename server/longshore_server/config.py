@@ -107,6 +107,7 @@ class CoreConfig:
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
     num_threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
     max_replays: Annotated[int, Interval(ge=0, le=16)] = 1
+    replay_wait_s: Seconds = 120.0
     engine_silence_s: Annotated[float, Interval(ge=2, le=3600)] = 10.0
     engine_step_timeout_s: Annotated[float, Interval(ge=1, le=86_400)] = 300.0
     engine_start_timeout_s: Annotated[float, Interval(ge=1, le=86_400)] = 1800.0
@@ -225,18 +226,21 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name not in names:
             raise ConfigError(f"unknown setting {variable} in the environment")
-        values[name] = _parse(variable, name, text)
+        values[name] = parse_setting(name, text, f"{variable} in the environment")
     return values
 
 
-def _parse(variable: str, name: str, text: str) -> Any:
-    """Text of the environment as the field's type: strings as they are, all else in TOML's syntax."""
-    if _takes_text(typing.get_type_hints(CoreConfig)[name]):
+def parse_setting(name: str, text: str, origin: str) -> Any:
+    """Text as the value of a setting: strings as they are, all else in TOML's syntax."""
+    hint = typing.get_type_hints(CoreConfig).get(name)
+    if hint is None:
+        raise ConfigError(f"unknown setting {name[:80]} ({origin})")
+    if _takes_text(hint):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except ValueError:
-        raise ConfigError(f"{variable} in the environment can't be read: {text[:80]!r}") from None
+        raise ConfigError(f"{origin} can't be read: {text[:80]!r}") from None
 
 
 def _takes_text(hint: Any) -> bool:

@@ -23,7 +23,7 @@ from longshore_server.config import CoreConfig, from_json
 from longshore_server.engine_loop import EngineBrokenError, EngineLoop
 from longshore_server.engine_socket import EngineSocket
 from longshore_server.engines.base import ModelInfo
-from longshore_server.lifeline import die_with_parent
+from longshore_server.lifeline import Lifeline
 from longshore_server.model_folder import check_model_folder, model_digest
 from longshore_server.native.errors import NativeEngineError
 from longshore_server.trial import TrialNote
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_CONFIG = 2
 EXIT_BROKEN = 70
+STOP_TIMEOUT_S = 3.0
 TRIAL_NOTE_NAME = "trial"
 
 EngineFactory = Callable[[CoreConfig], Any]
@@ -68,8 +69,14 @@ def native_engine(config: CoreConfig) -> Any:
     )
 
 
-def serve_engine(config: CoreConfig, socket_path: Path, factory: EngineFactory, status: _StatusPipe) -> int:
-    """Runs the engine until SIGTERM; returns the exit code."""
+def serve_engine(
+    config: CoreConfig,
+    socket_path: Path,
+    factory: EngineFactory,
+    status: _StatusPipe,
+    lifeline: Lifeline | None,
+) -> int:
+    """Runs the engine until it is asked to end; returns the exit code."""
     try:
         check_model_folder(config)
         engine = factory(config)
@@ -90,7 +97,7 @@ def serve_engine(config: CoreConfig, socket_path: Path, factory: EngineFactory, 
     )
     max_streams = config.max_num_seqs + config.max_waiting
     loop = EngineLoop(engine, send=server.send, note=note, max_streams=max_streams)
-    _stop_on_signals(loop)
+    _stop_on_request(loop, lifeline)
     server.start(loop)
     status.tell(ready=info.name)
     return _run(loop, server)
@@ -116,9 +123,22 @@ def _model_info(config: CoreConfig, engine: Any) -> ModelInfo:
     )
 
 
-def _stop_on_signals(loop: EngineLoop) -> None:
+def _stop_on_request(loop: EngineLoop, lifeline: Lifeline | None) -> None:
+    """Stops at the end of the lifeline, or at a signal where there is none.
+
+    Under a supervisor signals are ignored: Ctrl-C and service managers signal all processes at once, and the
+    engine is needed until the workers have drained.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.stop())
+        signal.signal(number, signal.SIG_IGN if lifeline else lambda *_: loop.stop())
+    if lifeline is not None:
+        lifeline.on_end = lambda: _stop_in_time(loop)
+
+
+def _stop_in_time(loop: EngineLoop) -> None:
+    loop.stop()
+    threading.Event().wait(STOP_TIMEOUT_S)
+    os._exit(1)  # the present step takes too long
 
 
 # -- what the supervisor is told ---------------------------------------------------------------
@@ -156,8 +176,9 @@ def main(argv: list[str] | None = None, *, factory: EngineFactory = native_engin
     parser.add_argument("--config-json", required=True)
     parser.add_argument("--parent", type=int, help="process id to live no longer than")
     arguments = parser.parse_args(argv)
+    lifeline = None
     if arguments.parent is not None:
-        die_with_parent(arguments.parent, lifeline_fd=sys.stdin.fileno())
+        lifeline = Lifeline(arguments.parent, sys.stdin.fileno())
     status = _StatusPipe()
     try:
         config = from_json(arguments.config_json)
@@ -165,7 +186,7 @@ def main(argv: list[str] | None = None, *, factory: EngineFactory = native_engin
         status.tell(error=error.message)
         return EXIT_CONFIG
     logging.basicConfig(level=config.log_level.upper(), format="longshore engine: %(levelname)s %(message)s")
-    code = serve_engine(config, arguments.socket, factory, status)
+    code = serve_engine(config, arguments.socket, factory, status, lifeline)
     os._exit(code)  # a broken engine may leave threads behind that never end
 
 

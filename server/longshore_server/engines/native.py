@@ -25,6 +25,7 @@ from longshore.errors import (
     UnavailableError,
     from_body,
 )
+from longshore_server.config import CoreConfig
 from longshore_server.engines.base import EngineStats, EngineToken, GenerateJob, ModelInfo
 from longshore_server.ipc import (
     HELLO_TIMEOUT_S,
@@ -136,6 +137,20 @@ class NativeEngineClient:
         self._task: asyncio.Task[None] | None = None
         self._num_restarts = 0
         self._num_replays = 0
+
+    @classmethod
+    def from_config(
+        cls, socket_path: str, config: CoreConfig, *, worker: str = "worker"
+    ) -> NativeEngineClient:
+        """A client with a core's settings."""
+        return cls(
+            socket_path,
+            worker=worker,
+            max_replays=config.max_replays,
+            silence_s=config.engine_silence_s,
+            start_timeout_s=config.engine_start_timeout_s,
+            replay_wait_s=config.replay_wait_s,
+        )
 
     # -- Engine --------------------------------------------------------------------------------
 
