@@ -145,6 +145,8 @@ def _no_table() -> ExportError:
 
 def _check(template: ChatTemplate, render: Render) -> None:
     """Table and template must agree on conversations of several turns, odd spaces and characters included."""
+    if not {SYSTEM, USER, ASSISTANT} <= template.roles.keys():
+        raise ExportError(f"the chat table must hold the roles {SYSTEM}, {USER} and {ASSISTANT}")
     texts = ("Hello", " two\nlines ", "ünïcode 茶 \U0001f375 {{ braces }}", "")
     for system in (True, False):
         for num_turns in (1, 2, 3):

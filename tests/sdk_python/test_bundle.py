@@ -1,4 +1,4 @@
-"""Bundles: every kind of damage is refused, an install is whole or has not happened, old versions stay out."""
+"""Bundles: any damage is refused, an install is whole or has not happened, old versions stay out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import FILES, snapshot, write_plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from bundles import FILES, snapshot, write_plain
 from longshore import bundle as bundle_module
 from longshore.bundle import (
     check_runtime,
