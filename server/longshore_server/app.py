@@ -75,12 +75,5 @@ def _handed_over() -> tuple[CoreConfig, Engine]:
     from longshore_server.handoff import read_handoff
 
     handoff = read_handoff()
-    config = handoff.config
-    engine = NativeEngineClient(
-        handoff.socket_path,
-        worker=f"http-{os.getpid()}",
-        max_replays=config.max_replays,
-        silence_s=config.engine_silence_s,
-        start_timeout_s=config.engine_start_timeout_s,
-    )
-    return config, engine
+    worker = f"http-{os.getpid()}"
+    return handoff.config, NativeEngineClient.from_config(handoff.socket_path, handoff.config, worker=worker)

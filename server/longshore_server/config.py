@@ -72,7 +72,8 @@ class CoreConfig:
     answer fill the context; `default_deadline_s` bounds a request that names no deadline.
     `reader_timeout_s` is how long a client may take nothing of its answer before the answer is given up,
     `template_timeout_s` what one chat template may take. `engine_silence_s` is how long the engine process
-    may give no sign of life, `engine_step_timeout_s` how long one step may take.
+    may give no sign of life, `engine_step_timeout_s` how long one step may take, `replay_wait_s` how long a
+    request waits for the next engine after one has died. `num_threads` None leaves one core to the workers.
     """
 
     # where it listens and who it is

@@ -44,8 +44,7 @@ def native_engine(config: CoreConfig) -> Any:
 
     from longshore_server.native import EngineConfig, NativeEngine
 
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads or _spare_threads())
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +66,12 @@ def native_engine(config: CoreConfig) -> Any:
             seed=config.seed,
         )
     )
+
+
+def _spare_threads() -> int:
+    """All cores but one, which the HTTP workers need: a step waits for its slowest thread."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores - 1)
 
 
 def serve_engine(
