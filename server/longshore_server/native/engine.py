@@ -19,6 +19,7 @@ from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCac
 from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.reference import plan_passes
 from longshore_server.native.blocks import BlockPool
+from longshore_server.native.checks import check_float, check_int
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import (
     ConfigError,
@@ -40,6 +41,7 @@ from longshore_server.native.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
+MAX_PRIORITY = 1_000_000
 DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
 
 ChunkResult = SampledToken | None | Exception
@@ -110,11 +112,7 @@ class NativeEngine:
         """
         if request_id in self._scheduler:
             raise DuplicateRequestError(request_id)
-        _check_token_ids("prompt_token_ids", prompt_token_ids, self.vocab_size)
-        _check_token_ids("continue_from", continue_from, self.vocab_size)
-        if not len(prompt_token_ids):
-            raise InvalidRequestError("prompt_token_ids", "must hold at least one token")
-        params.check_vocab(self.vocab_size)
+        self._check_request(prompt_token_ids, params, priority, deadline_s, continue_from)
         sequence = Sequence(
             request_id,
             prompt_token_ids,
@@ -127,12 +125,30 @@ class NativeEngine:
             deadline_s=deadline_s,
             continue_from=continue_from,
         )
-        ended = sequence.ending()
-        if ended is None and len(sequence.token_ids) >= self.max_model_len:
-            raise PromptTooLongError(len(sequence.token_ids), self.max_model_len)
         self._scheduler.add(sequence)
-        if ended is not None:
-            self._end(sequence, ended)
+        ending = sequence.ending()
+        if ending is not None:  # `continue_from` is a whole answer
+            self._end(sequence, ending)
+
+    def _check_request(
+        self,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        priority: int,
+        deadline_s: float | None,
+        continue_from: SequenceOf[int],
+    ) -> None:
+        _check_token_ids("prompt_token_ids", prompt_token_ids, self.vocab_size)
+        _check_token_ids("continue_from", continue_from, self.vocab_size)
+        if not len(prompt_token_ids):
+            raise InvalidRequestError("prompt_token_ids", "must hold at least one token")
+        params.check_vocab(self.vocab_size)
+        check_int(InvalidRequestError, "priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if deadline_s is not None:
+            check_float(InvalidRequestError, "deadline_s", deadline_s, 0.0)
+        num_tokens = len(prompt_token_ids) + len(continue_from)
+        if num_tokens > self.max_model_len or len(prompt_token_ids) == self.max_model_len:
+            raise PromptTooLongError(num_tokens, self.max_model_len)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request now; the next step reports it as "abort". False if it is not here."""

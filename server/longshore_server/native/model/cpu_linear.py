@@ -6,6 +6,8 @@ batch, which torch's own BLAS does not promise. It replaces plain float32 nn.Lin
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -38,6 +40,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+@cache
 def is_available() -> bool:
     """Whether this build of torch has the packed kernels, and they are row-invariant on this CPU."""
     if not torch.backends.mkldnn.is_available():
@@ -66,7 +69,8 @@ def pack_linears(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def _is_row_invariant() -> bool:
-    linear = nn.Linear(200, 100, bias=False)
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, 200, 100, bias=False)
+    linear.weight.copy_(torch.arange(200.0 * 100).sin().view(100, 200))
     packed = PackedLinear(linear)
     rows = torch.linspace(-3.0, 3.0, 40 * 200).sin().view(40, 200)
     whole = packed(rows)

@@ -1,0 +1,35 @@
+"""Packed linear layers: the numbers of nn.Linear, and rows that are equal bits in every batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from longshore_server.native.model.cpu_linear import PackedLinear, is_available, pack_linears
+
+pytestmark = pytest.mark.skipif(not is_available(), reason="this torch has no packed kernels for this CPU")
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (384, 1024), (100, 250), (64, 300), (1, 7)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_equals_linear_and_rows_are_invariant(shape, bias) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(*shape, bias=bias)
+    packed = PackedLinear(linear)
+    rows = torch.randn(70, shape[0])
+    whole = packed(rows)
+    assert torch.allclose(whole, linear(rows), atol=1e-4)
+    for start, count in ((0, 1), (69, 1), (3, 2), (1, 16), (2, 33), (10, 60)):
+        assert torch.equal(packed(rows[start : start + count]), whole[start : start + count])
+    assert torch.equal(packed(rows[None])[0], whole)
+
+
+def test_packs_plain_float32_layers_only() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Special(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), nn.ReLU())
+    assert pack_linears(model) == 1
+    assert isinstance(model[0], PackedLinear) and type(model[1]) is Special
