@@ -152,21 +152,26 @@ def _draw_filtered(scaled: torch.Tensor, keys: torch.Tensor, sequences: list[Seq
 def _threshold(scaled: torch.Tensor, candidates: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """The lowest scaled logit [rows, 1] that min-p, then top-k, then top-p keep, as far as candidates tell.
 
-    Top-p renormalizes over what the others kept, as vLLM does. A threshold at the last candidate means that
-    more candidates are needed.
+    Top-p renormalizes over what the others kept, as vLLM does. A threshold at the last candidate or below it
+    means that more candidates are needed.
     """
-    num_candidates = candidates.shape[1]
+    num_candidates, vocab_size = candidates.shape[1], scaled.shape[1]
     min_p = _column([s.params.min_p for s in sequences], scaled)
     top_p = _column([s.params.top_p for s in sequences], scaled)
-    top_k = [s.params.top_k if s.params.top_k > 0 else scaled.shape[1] for s in sequences]
+    top_k = [min(s.params.top_k, vocab_size) if s.params.top_k > 0 else vocab_size for s in sequences]
     last = torch.tensor([min(k, num_candidates) - 1 for k in top_k], device=scaled.device)[:, None]
-    threshold = torch.maximum(min_p.log(), candidates.gather(1, last))
+    cuts = torch.tensor([k < vocab_size for k in top_k], device=scaled.device)[:, None]
+    by_top_k = candidates.gather(1, last).masked_fill(~cuts, float("-inf"))
+    threshold = torch.maximum(min_p.log(), by_top_k)
     weights = candidates.exp().masked_fill(candidates < threshold, 0.0)
     total = scaled.exp().masked_fill(scaled < threshold, 0.0).sum(dim=-1, keepdim=True)
     before = weights.cumsum(dim=-1) - weights  # mass of the likelier ones
     num_kept = (before < top_p * total).sum(dim=-1, keepdim=True)
     by_top_p = candidates.gather(1, (num_kept - 1).clamp_(min=0))
-    return torch.where(top_p < 1.0, torch.maximum(threshold, by_top_p), threshold)
+    threshold = torch.where(top_p < 1.0, torch.maximum(threshold, by_top_p), threshold)
+    # A top-k beyond the candidates is not known from them, nor the mass that top-p is a share of.
+    is_unknown = torch.tensor([num_candidates < k < vocab_size for k in top_k], device=scaled.device)[:, None]
+    return threshold.masked_fill(is_unknown, float("-inf"))
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
