@@ -140,8 +140,8 @@ class Sampler:
         if settings.top_p < 1.0:
             candidates = np.sort(scaled[scaled >= threshold])[::-1]  # likeliest first
             weights = np.exp(candidates)
-            before = np.cumsum(weights, dtype=np.float32) - weights  # mass of the likelier ones
-            num_kept = int((before < np.float32(settings.top_p) * weights.sum(dtype=np.float32)).sum())
+            before = np.cumsum(weights, dtype=np.float64) - weights  # mass of the likelier ones
+            num_kept = int((before < settings.top_p * weights.sum(dtype=np.float64)).sum())
             threshold = max(threshold, candidates[max(num_kept, 1) - 1])
         kept: TokenIds = np.flatnonzero(scaled >= threshold)
         return kept
