@@ -62,7 +62,7 @@ class RoutingSettings:
     measure_half_life_s: float = 20.0
     weight_up: float = 0.5
     weight_down: float = 0.3
-    hang_ms: float = 1000.0
+    hang_ms: float = 5000.0
     breaker_failures: int = 3
     breaker_open_s: float = 0.5
     breaker_max_open_s: float = 30.0

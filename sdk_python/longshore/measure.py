@@ -175,10 +175,9 @@ class TierMeter:
     def _fail_late(self, ticket: Ticket, now_s: float, error: DeadlineExceededError) -> None:
         """A short deadline is the caller's; only a long silence is held against the tier."""
         waited_ms = (now_s - ticket.started_s) * 1000
-        hang_ms = max(self._settings.hang_ms, 2 * (self._averages.ttft_ms or 0.0))
         if ticket.first_token_s is None:
             self._at_least(ticket, waited_ms, now_s)
-        if ticket.first_token_s is None and waited_ms >= hang_ms:
+        if ticket.first_token_s is None and waited_ms >= self._settings.hang_ms:
             self._breaker.fail(now_s, at_once=False)
             self._last_error = error.code
         else:

@@ -173,7 +173,10 @@ class HttpTransport:
         message = client.build_request(
             "POST", exchange.url, content=exchange.body, headers=exchange.headers, timeout=timeout
         )
-        return client.send(message, stream=True)
+        response = client.send(message, stream=True)
+        # From here the watchdog keeps the time: a read may last as long as the answer may.
+        message.extensions["timeout"]["read"] = max(timing.deadline_s - self._clock(), _SHORTEST_TIMEOUT_S)
+        return response
 
     def _read(
         self, exchange: Exchange, response: httpx2.Response, timing: Timing
@@ -291,7 +294,7 @@ class AsyncHttpTransport:
 
     async def _send(self, exchange: Exchange, timing: Timing) -> httpx2.Response:
         client = self._client()
-        timeout = _timeout(self._settings, timing.first_token_by_s - self._clock())
+        timeout = _timeout(self._settings, timing.deadline_s - self._clock())
         message = client.build_request(
             "POST", exchange.url, content=exchange.body, headers=exchange.headers, timeout=timeout
         )
@@ -355,6 +358,11 @@ class SocketTransport:
         self._pongs: dict[str, asyncio.Future[None]] = {}
         self._end: LongshoreError | None = None
         self._reader = asyncio.create_task(self._read())
+
+    @property
+    def num_unread(self) -> int:
+        """Events that have arrived and wait for their readers."""
+        return sum(arrivals.qsize() for arrivals in self._arrivals.values())
 
     async def stream(
         self, request: AnyRequest, num_choices: int, timing: Timing

@@ -324,6 +324,8 @@ class SocketServer:
         if words == ("break",):
             await connection.close(1011, "broken")
             return
+        if words == ("silence",):
+            await asyncio.Event().wait()
         for event in events("0" * 32, Behaviour(words=words)):
             if isinstance(event, TokenEvent):
                 await self._take_credit(message.id)
