@@ -22,6 +22,7 @@ from longshore.errors import ConfigError, InvalidRequestError
 
 _MAX_OUTPUT_CHARS = 16 * 1024 * 1024
 _MAX_REPEATED_CHARS = 1_000_000
+_DATA_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError)
 _FILENAME = "<template>"  # what Jinja names the code of a template made from a string
 
 
@@ -75,7 +76,7 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"messages: the chat template takes too long on them: {error}", param="messages"
             ) from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (jinja2.TemplateError, RecursionError, *_DATA_ERRORS) as error:
             raise InvalidRequestError(
                 f"messages: the model's chat template refuses them: {_one_line(error)}", param="messages"
             ) from None

@@ -201,8 +201,12 @@ class AnswerService:
                 "at least one of them for the answer",
                 param=param,
             )
-        limits = (request.token_limit or self.config.default_max_tokens, caller.max_tokens)
-        return min(max_model_len - len(prompt), *(limit for limit in limits if limit is not None))
+        limits = (
+            max_model_len - len(prompt),
+            request.token_limit or self.config.default_max_tokens,
+            caller.max_tokens,
+        )
+        return min(limit for limit in limits if limit is not None)
 
 
 def _check_vocabulary(token_ids: object, vocab_size: int, param: str) -> None:

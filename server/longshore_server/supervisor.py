@@ -26,6 +26,7 @@ from longshore_server.handoff import HANDOFF_VARIABLE, Handoff, write_handoff
 from longshore_server.listener import bind_listener, listener_url, local_address
 from longshore_server.model_folder import check_model_folder
 from longshore_server.restarts import RestartBudget
+from longshore_server.telemetry import shared
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 1
@@ -166,7 +167,7 @@ class Supervisor:
             f"HTTP worker {index + 1}",
             "longshore_server.http_worker",
             ["--listener", str(descriptor)],
-            environment={HANDOFF_VARIABLE: str(handoff)},
+            environment={HANDOFF_VARIABLE: str(handoff), **shared.prepare(folder)},
             pass_fds=[descriptor],
         )
 

@@ -7,6 +7,7 @@ error event, and an error that comes before the first byte has its own status.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -20,11 +21,17 @@ from longshore.wire.render import AnswerCollector, ChatRenderer, CompletionRende
 from longshore_server.generation import AnswerService, AnswerStream, Plan
 from longshore_server.routes.reading import REQUEST_ID_HEADER
 
+logger = logging.getLogger(__name__)
+
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx's proxy would collect chunks otherwise
 )
+
+
+class _ReaderStalledError(Exception):
+    """The client's side of the connection is full and stays so."""
 
 
 class AnswerResponse(Response):
@@ -46,6 +53,9 @@ class AnswerResponse(Response):
                 await self._send_whole(stream, send)
         except CancelledError:
             pass  # nobody is left to be told
+        except _ReaderStalledError as error:  # it takes no more bytes, hence no error event either
+            self._service.metrics.error(AnswerInterruptedError(str(error)))
+            logger.warning("request %s: %s", self._plan.request_id, error)
         finally:
             watcher.cancel()
             await stream.aclose()
@@ -118,7 +128,7 @@ class AnswerResponse(Response):
             async with asyncio.timeout(timeout_s):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
         except TimeoutError:
-            raise AnswerInterruptedError(f"the client took nothing for {timeout_s:g} s") from None
+            raise _ReaderStalledError(f"the client took nothing for {timeout_s:g} s") from None
 
 
 def _render(renderer: ChatRenderer | CompletionRenderer, events: list[AnswerEvent]) -> bytes:

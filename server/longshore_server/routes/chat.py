@@ -7,7 +7,7 @@ from starlette.requests import Request
 from longshore.wire import decode_chat_request
 from longshore_server.routes.answering import AnswerResponse
 from longshore_server.routes.deps import KnownCaller, Service, protected_router
-from longshore_server.routes.reading import REQUEST_ID_HEADER, read_json_object, request_id_of
+from longshore_server.routes.reading import read_json_object, request_id_of
 
 router = protected_router()
 
@@ -20,5 +20,5 @@ async def chat_completions(request: Request, caller: KnownCaller, service: Servi
         request, max_bytes=service.config.max_body_bytes, timeout_s=service.config.reader_timeout_s
     )
     chat = decode_chat_request(body)
-    request_id = request_id_of(chat, request.headers.get(REQUEST_ID_HEADER))
+    request_id = request_id_of(chat, request)
     return AnswerResponse(service, await service.plan(chat, caller, request_id, arrived_s))

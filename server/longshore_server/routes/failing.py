@@ -21,7 +21,7 @@ from longshore.errors import (
     NotFoundError,
 )
 from longshore.wire import dump_json
-from longshore_server.routes.reading import REQUEST_ID_HEADER, header_request_id
+from longshore_server.routes.reading import REQUEST_ID_HEADER, known_request_id
 from longshore_server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     async def on_error(connection: Any, caught: Exception) -> Response | None:
         error = as_longshore_error(connection, caught)
         metrics.error(error)
-        response = error_response(error, header_request_id(connection.headers.get(REQUEST_ID_HEADER)))
+        response = error_response(error, known_request_id(connection))
         if isinstance(connection, WebSocket):  # refused before it was accepted
             await connection.send_denial_response(response)
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 
 from longshore.errors import BodyTooLargeError, CancelledError, LongshoreError, MalformedBodyError
 from longshore.wire import AnyRequest, decode, load_json_object, new_request_id
@@ -58,13 +58,23 @@ async def _too_large(request: Request, max_bytes: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is over the limit of {max_bytes} bytes")
 
 
-def request_id_of(request: AnyRequest, header: str | None) -> str:
-    """The id in the body, else the one in the header if it is well-formed, else a new one."""
-    return request.longshore.request_id or header_request_id(header) or new_request_id()
+def request_id_of(request: AnyRequest, connection: HTTPConnection) -> str:
+    """The id in the body, else the one in the header if it is well-formed, else a new one.
+
+    It is kept with the connection, so that an error after this names it too.
+    """
+    request_id = request.longshore.request_id or known_request_id(connection) or new_request_id()
+    connection.state.request_id = request_id
+    return request_id
 
 
-def header_request_id(header: str | None) -> str | None:
-    """The header's id, if it has the form of ours."""
+def known_request_id(connection: HTTPConnection) -> str | None:
+    """The id that was given to this connection's request, as far as it is known by now."""
+    known: str | None = getattr(connection.state, "request_id", None)
+    return known or _header_request_id(connection.headers.get(REQUEST_ID_HEADER))
+
+
+def _header_request_id(header: str | None) -> str | None:
     if header is None:
         return None
     try:

@@ -38,10 +38,10 @@ from longshore.wire import (
     TokenMessage,
     limits,
     load_json,
+    new_request_id,
 )
 from longshore_server.auth import Caller
 from longshore_server.generation import AnswerService, AnswerStream
-from longshore_server.routes.reading import request_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class SocketSession:
 
     async def _answer(self, message: GenerateMessage, credit: Credit) -> None:
         request = message.request
-        request_id = request_id_of(request, None)
+        request_id = request.longshore.request_id or new_request_id()
         plan = await self._service.plan(request, self._caller, request_id, self._service.clock())
         stream = self._service.open(plan)
         try:

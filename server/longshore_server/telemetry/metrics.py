@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,9 +18,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from longshore.errors import InternalError, LongshoreError
 from longshore_server.engines.base import EngineStats
 from longshore_server.telemetry.probes import GpuProbe, HostProbe
+from longshore_server.telemetry.shared import MULTIPROCESS_VARIABLE, forget_dead_workers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 FINISH_REASONS = ("stop", "length")
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -79,7 +80,10 @@ class Metrics:
         self._model_name = model_name
         self._gpus = gpus
         self._host = host
-        self._is_shared = bool(os.environ.get(MULTIPROCESS_VARIABLE))
+        folder = os.environ.get(MULTIPROCESS_VARIABLE)
+        self._is_shared = bool(folder)
+        if folder:
+            forget_dead_workers(Path(folder))
         self._registry = CollectorRegistry()
         self.ttft_s = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
         self.inter_token_s = self._histogram(
