@@ -335,6 +335,9 @@ def test_ranges_of_numbers(name: str, low: int, high: int) -> None:
         assert getattr(chat(**{name: value}), name) == value
     for value in (low - 1, high + 1, 10**30):
         refused(OutOfRangeError, name, **{name: value})
+    if name in {"temperature", "min_p", "presence_penalty", "frequency_penalty"}:
+        refused(OutOfRangeError, name, **{name: math.nextafter(high, math.inf)})
+        refused(OutOfRangeError, name, **{name: math.nextafter(low, -math.inf)})
     for value in ("1", [], {}, True):
         refused(InvalidRequestError, name, **{name: value})
 
@@ -497,6 +500,13 @@ def test_a_message_names_its_field_at_fault() -> None:
     assert caught.value.param == "offset"
     with pytest.raises(UnknownParameterError):
         wire.decode_client_message({"type": "cancel", "id": "a", "why": "x"})
+
+
+def test_a_newer_server_may_send_more_fields() -> None:
+    message = wire.decode_server_message({"type": "pong", "nonce": "n", "later": {"a": 1}})
+    assert message == wire.PongMessage("n")
+    with pytest.raises(ProtocolError, match="nonce"):
+        wire.decode_server_message({"type": "pong", "nonce": 5})
 
 
 # -- manifests ---------------------------------------------------------------------------------
