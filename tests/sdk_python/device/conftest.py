@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from longshore_export.bundle import export_student
 
 from longshore.device import DeviceSettings, Student
+from longshore_export.bundle import export_student
 from tiny_models import config_of, write_model
 
 

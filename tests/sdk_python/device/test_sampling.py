@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from longshore.device import randomness, seeds
+from longshore.device.sampling import Sampler, SamplingSettings
 from longshore_server.native import randomness as core_randomness
 from longshore_server.native.sampler import sample as core_sample
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.sequence import Sequence
-
-from longshore.device import randomness, seeds
-from longshore.device.sampling import Sampler, SamplingSettings
 
 VOCAB_SIZE = 600  # more than the core looks at first when it filters
 SEEDS = st.integers(0, 2**64 - 1)
