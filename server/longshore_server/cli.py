@@ -43,6 +43,12 @@ def register(subparsers: Any) -> None:
         "--alias", action="append", metavar="NAME[=MODEL]", help="another name for the model; may be repeated"
     )
     parser.add_argument(
+        "--edge",
+        action="append",
+        metavar="ISSUER=PUBLIC_KEY",
+        help="an edge whose assertions are believed, instead of the file's; may be repeated",
+    )
+    parser.add_argument(
         "--set", action="append", metavar="NAME=VALUE", help="any other setting, in TOML's syntax"
     )
     parser.add_argument("--open-metrics", action="store_true", help="serve /metrics without a key")
@@ -85,6 +91,8 @@ def _config(arguments: argparse.Namespace) -> CoreConfig:
     for item in arguments.set or ():
         name, text = _pair(item, "--set")
         flags[name] = parse_setting(name, text, f"--set {name}")
+    if arguments.edge:
+        flags["edges"] = [_edge(item) for item in arguments.edge]
     if arguments.open_metrics:
         flags["open_metrics"] = True
     config = load_config(file=arguments.config, flags=flags)
@@ -103,6 +111,11 @@ def _pair(item: str, flag: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise ConfigError(f"{flag} takes NAME=VALUE, not {item[:80]!r}")
     return name, value
+
+
+def _edge(item: str) -> dict[str, str]:
+    issuer, public_key = _pair(item, "--edge")
+    return {"issuer": issuer, "public_key": public_key}
 
 
 def _alias(item: str, model_name: str) -> tuple[str, str]:
