@@ -40,6 +40,7 @@ _TINY_LLAMA = {
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+    "initializer_range": 0.3,  # wide enough for greedy answers to vary
     "bos_token_id": None,
     "eos_token_id": 1,
     "pad_token_id": 0,
@@ -80,9 +81,11 @@ class EngineProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.num_starts = 0
         self._ready = threading.Event()
+        self._reader: threading.Thread | None = None
         self.error = ""
 
     def start(self) -> None:
+        self._close_pipes()
         self._ready.clear()
         self.num_starts += 1
         command = [sys.executable, "-m", self.module, "--socket", str(self.socket_path)]
@@ -91,7 +94,8 @@ class EngineProcess:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
 
     def wait_ready(self) -> None:
         assert self._ready.wait(START_TIMEOUT_S), "the engine did not come up"
@@ -114,19 +118,24 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
             self.process.wait(WAIT_S)
+        self._close_pipes()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close_pipes(self) -> None:
+        if self._reader is not None:
+            self._reader.join(WAIT_S)
+        if self.process is not None:
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
                     pipe.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with contextlib.suppress(ValueError):  # closed under us
-            for line in process.stdout:
-                status = json.loads(line)
-                if "ready" in status or "error" in status:
-                    self.error = status.get("error", "")
-                    self._ready.set()
+        for line in process.stdout:
+            status = json.loads(line)
+            if "ready" in status or "error" in status:
+                self.error = status.get("error", "")
+                self._ready.set()
 
 
 @contextlib.contextmanager
@@ -139,6 +148,27 @@ def engine_process(config: CoreConfig, **options: Any) -> Iterator[EngineProcess
         yield engine
     finally:
         engine.close()
+
+
+@contextlib.contextmanager
+def kept_running(engine: EngineProcess) -> Iterator[None]:
+    """Starts the engine again whenever it ends, as a supervisor does."""
+    is_over = threading.Event()
+
+    def keep() -> None:
+        while not is_over.is_set():
+            engine.wait(timeout_s=600)
+            if not is_over.is_set():
+                engine.start()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        engine.kill()
+        keeper.join(WAIT_S)
 
 
 class RawPeer:

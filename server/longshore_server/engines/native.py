@@ -166,7 +166,7 @@ class NativeEngineClient:
 
     def is_ready(self) -> bool:
         """True while the engine process is connected and has given a sign of life within a second."""
-        return self._writer is not None and time.monotonic() - self._heard_s < READY_SILENCE_S
+        return self._is_connected and time.monotonic() - self._heard_s < READY_SILENCE_S
 
     async def start(self) -> None:
         """Connects, waiting for an engine that is still loading; raises UnavailableError at last."""
@@ -183,6 +183,8 @@ class NativeEngineClient:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        if self._writer is not None:
+            self._lose_connection()
         self._fail_all(UnavailableError("this worker is stopping"))
 
     async def stats(self) -> EngineStats:
