@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longshore.bundle import load_bundle, model_digest
+from longshore.errors import ExportError
 from longshore.signing import PrivateKey, encode_base64url
 from longshore.wire import (
     MANIFEST_NAME,
@@ -26,7 +27,6 @@ from longshore.wire import (
 )
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import Checkpoint, load_checkpoint
-from longshore_export.errors import ExportError
 from longshore_export.graph import MIN_ONNXRUNTIME, OPSET, build_graph, required_operators
 from longshore_export.verify import Parity, check_parity
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from longshore.errors import ExportError
 from longshore.wire import ChatTemplate, RoleTemplate
 from longshore_export.checkpoint import read_json
-from longshore_export.errors import ExportError
 
 TABLE_NAME = "chat_prefix_suffix.json"
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longshore_export.errors import ExportError
+from longshore.errors import ExportError
 from longshore_export.shape import DecoderShape, read_shape
 
 Array = NDArray[np.float32]

@@ -23,7 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from longshore_export.errors import UnsupportedModelError
+from longshore.errors import UnsupportedModelError
 from longshore_export.shape import DecoderShape
 
 OPSET = 18

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longshore_export.errors import UnsupportedModelError
+from longshore.errors import UnsupportedModelError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # RoPE scalings whose tables depend on the position alone, not on the length of the text.

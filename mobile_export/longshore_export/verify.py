@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longshore.errors import ParityError
 from longshore_export.checkpoint import Checkpoint
-from longshore_export.errors import ParityError
 from longshore_export.shape import DecoderShape
 
 MAX_LOGIT_DIFFERENCE = 1e-4

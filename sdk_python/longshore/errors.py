@@ -36,6 +36,9 @@
     |   |-- BundleDamagedError          500 bundle_damaged
     |   |-- BundleRollbackError         500 bundle_rollback
     |   `-- BundleIncompatibleError     500 bundle_incompatible
+    |-- ExportError                     500 export_failed          making a bundle from a model
+    |   |-- UnsupportedModelError       500 unsupported_model
+    |   `-- ParityError                 500 parity_failed
     `-- ConfigError                     500 bad_config         stops a start with one line
 
 Each class has a stable `code`, an HTTP `status` and `retryable`; every tier raises the same
@@ -63,6 +66,7 @@ __all__ = [
     "DeviceError",
     "DuplicateRequestError",
     "EngineFailedError",
+    "ExportError",
     "InternalError",
     "InvalidRequestError",
     "LongshoreError",
@@ -72,6 +76,7 @@ __all__ = [
     "NotFoundError",
     "OutOfRangeError",
     "OverloadedError",
+    "ParityError",
     "PermissionDeniedError",
     "PromptTooLongError",
     "ProtocolError",
@@ -83,6 +88,7 @@ __all__ = [
     "UnavailableError",
     "UnknownModelError",
     "UnknownParameterError",
+    "UnsupportedModelError",
     "UnsupportedParameterError",
     "UpstreamError",
     "from_body",
@@ -374,6 +380,24 @@ class BundleIncompatibleError(BundleError):
     """The bundle needs a newer runtime or another operator set."""
 
     code = "bundle_incompatible"
+
+
+class ExportError(LongshoreError):
+    """A model can't be made into a bundle as asked."""
+
+    code = "export_failed"
+
+
+class UnsupportedModelError(ExportError):
+    """The export does not know this architecture, or one of its settings."""
+
+    code = "unsupported_model"
+
+
+class ParityError(ExportError):
+    """The exported graph and the model disagree, so no bundle was written."""
+
+    code = "parity_failed"
 
 
 class ConfigError(LongshoreError):

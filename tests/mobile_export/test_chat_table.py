@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from longshore.errors import ExportError
 from longshore_export.chat_table import read_chat_template, render_table
-from longshore_export.errors import ExportError
 from shop.chat import CHAT_TEMPLATE, prefix_suffix_table
 
 LLAMA3 = (

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from longshore.bundle import load_bundle
-from longshore.errors import ConfigError
+from longshore.errors import ConfigError, ExportError
 from longshore.signing import PrivateKey
 from longshore_export.cli import register
-from longshore_export.errors import ExportError
 from tiny_models import config_of, write_model
 
 

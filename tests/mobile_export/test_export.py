@@ -13,12 +13,11 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig
 
 from bundles import snapshot
 from longshore.bundle import load_bundle, model_digest
-from longshore.errors import BundleError
+from longshore.errors import BundleError, ExportError, ParityError, UnsupportedModelError
 from longshore.signing import PrivateKey
 from longshore_export import verify
 from longshore_export.bundle import SigningKey, export_student
 from longshore_export.checkpoint import load_checkpoint
-from longshore_export.errors import ExportError, ParityError, UnsupportedModelError
 from longshore_export.graph import build_graph
 from longshore_export.shape import read_shape
 from longshore_export.verify import MAX_LOGIT_DIFFERENCE, NUM_GREEDY_TOKENS, check_parity

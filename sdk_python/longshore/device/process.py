@@ -152,6 +152,10 @@ class ModelProcess:
             self._popen.wait(_JOIN_S)
         return DeviceError(f"the model process ended ({_how(self._popen.returncode)}){self._last_words()}")
 
+    def kill(self) -> None:
+        """End the process without waiting; from any thread."""
+        self._popen.kill()
+
     def close(self) -> None:
         """End the process and wait for it; safe to call again, and from a finalizer."""
         self._popen.kill()

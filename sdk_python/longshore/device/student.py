@@ -10,7 +10,7 @@ import dataclasses
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Self, cast
@@ -45,6 +45,7 @@ class Student:
         self._turnstile = Turnstile(settings.max_waiting)
         self._lock = threading.RLock()
         self._process: ModelProcess | None = None
+        self._starting: ModelProcess | None = None
         self._finalizer: weakref.finalize[..., Student] | None = None
         self._calibration: Calibration | None = None
         self._text: StudentText | None = None
@@ -98,9 +99,12 @@ class Student:
             return self._calibration
 
     def close(self) -> None:
-        """End the model process; a request in flight ends in DeviceError. Safe to call again."""
+        """End the model process; a request or a start in flight ends in DeviceError. Safe to call again."""
+        self._is_closed = True
+        starting = self._starting
+        if starting is not None:
+            starting.kill()  # the start gives up at once, and lets go of the lock
         with self._lock:
-            self._is_closed = True
             self._end_process()
 
     def __enter__(self) -> Self:
@@ -112,7 +116,9 @@ class Student:
 
     # --- answering ---
 
-    def stream(self, request: AnyRequest, *, deadline_s: float | None = None) -> Iterator[AnswerEvent]:
+    def stream(
+        self, request: AnyRequest, *, deadline_s: float | None = None
+    ) -> Generator[AnswerEvent, None, None]:
         """The answer's events; closing the iterator cancels it within one step of the model.
 
         `deadline_s` is a time of `time.monotonic()`; without it the request's own `deadline_ms` counts from
@@ -127,7 +133,7 @@ class Student:
 
     async def astream(
         self, request: AnyRequest, *, deadline_s: float | None = None
-    ) -> AsyncIterator[AnswerEvent]:
+    ) -> AsyncGenerator[AnswerEvent, None]:
         """As `stream`; cancelling the task or closing the iterator cancels the answer."""
         call = Call(_deadline(request, deadline_s))
         loop = asyncio.get_running_loop()
@@ -218,13 +224,17 @@ class Student:
     # --- the process ---
 
     def _start_process(self) -> Calibration:
-        process = ModelProcess()
+        process = self._starting = ModelProcess()
         finalizer = weakref.finalize(self, process.close)
         try:
+            if self._is_closed:
+                raise DeviceError("this student is closed")
             ready = process.load(self._load_frame(), self._settings.start_timeout_s)
         except BaseException:
             finalizer()
             raise
+        finally:
+            self._starting = None
         self._process, self._finalizer = process, finalizer
         return Calibration(ready["load_s"], ready["prefill_tokens_per_s"], ready["decode_tokens_per_s"])
 
@@ -245,10 +255,10 @@ class Student:
         self._process, self._finalizer = None, None
 
     def _texts(self) -> StudentText:
-        with self._lock:
-            if self._text is None:
-                self._text = StudentText(self._bundle_dir, self.manifest)
-            return self._text
+        text = self._text  # without the lock, which a start holds for long; read twice, it is the same
+        if text is None:
+            text = self._text = StudentText(self._bundle_dir, self.manifest)
+        return text
 
 
 def _choose_variant(manifest: Manifest, name: str | None) -> Variant:

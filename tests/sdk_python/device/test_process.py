@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_a_process_that_stalls_is_ended_after_its_grace(bundle_dir: Path) -> Non
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         begin_s = time.monotonic()
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         assert 0.2 < time.monotonic() - begin_s < 5
         until(lambda: not is_running(pid))
         assert len(list(student.stream(SHORT))) == 4
@@ -214,6 +215,24 @@ def test_a_start_that_takes_too_long_is_a_typed_error(bundle_dir: Path) -> None:
         student.start()
     assert student.process_id is None
     student.close()
+
+
+def test_closing_ends_a_start_that_is_under_way(bundle_dir: Path) -> None:
+    student = Student(bundle_dir, settings=DeviceSettings(calibration_s=10))
+    errors: list[LongshoreError] = []
+
+    def start() -> None:
+        try:
+            student.start()
+        except DeviceError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    until(lambda: student._starting is not None)
+    student.close()
+    thread.join(5)
+    assert not thread.is_alive() and len(errors) == 1
 
 
 def test_calibration_is_measured(own_student: Student) -> None:

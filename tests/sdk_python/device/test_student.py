@@ -344,7 +344,7 @@ def test_closing_the_iterator_frees_the_session(student: Student) -> None:
     first = student.stream(complete(max_tokens=200, n=16, ignore_eos=True))
     next(first)
     begin_s = time.monotonic()
-    first.close()  # type: ignore[attr-defined]
+    first.close()
     assert not student.is_busy
     assert len(ids(list(student.stream(complete(max_tokens=2, ignore_eos=True))))) == 2
     assert time.monotonic() - begin_s < 2.0
