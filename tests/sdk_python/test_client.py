@@ -1,13 +1,15 @@
-"""Clients against live servers on every path: served, fallen back, refused, cut, late, private; and the calls alone."""
+"""Clients against live servers on every path: served, fallen back, refused, cut, late, private."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import inspect
-import threading
+import os
+import shutil
+import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,15 @@ import longshore
 from longshore import AsyncClient, Client
 from longshore.call import Call, CallSettings, Progress, Try, Wait
 from longshore.config import HttpSettings, RoutingSettings
-from longshore.device import Calibration
+from longshore.device import DeviceSettings, Student
 from longshore.errors import (
     AnswerInterruptedError,
     AuthenticationError,
+    BundleDamagedError,
     BundleError,
     ConfigError,
     ConnectionFailedError,
     DeadlineExceededError,
-    DeviceError,
     EngineFailedError,
     InternalError,
     InvalidRequestError,
@@ -43,28 +45,25 @@ from longshore.errors import (
 from longshore.measure import RetryBudget, TierMeter
 from longshore.params import ChatParams, CompletionParams
 from longshore.wire import (
-    AnswerEvent,
-    AnyRequest,
-    BundleFile,
     ChatRequest,
-    ChatTemplate,
     CompletionRequest,
     Extension,
     FinishEvent,
-    KvGeometry,
-    Manifest,
     Message,
     Report,
     TokenEvent,
     TokenMark,
-    Variant,
     decode_chat_request,
 )
-from sdk_python.tier_server import DIGEST, WORDS, Behaviour, SocketServer, TierServer, events
+from longshore_export.bundle import export_student
+from sdk_python.tier_server import DIGEST, WORDS, Behaviour, SocketServer, TierServer
+from tiny_models import config_of, write_model
 
 HTTP = HttpSettings(trust_env=False)
 QUICK = RoutingSettings(backoff_base_s=0.01, backoff_cap_s=0.02, breaker_open_s=0.05)
 ASK: dict[str, Any] = {"model": "shop", "messages": [{"role": "user", "content": "What does the lamp cost?"}]}
+SHORT: dict[str, Any] = {**ASK, "max_tokens": 8, "ignore_eos": True}
+DEVICE = DeviceSettings(calibration_s=0.01)
 NOBODY = "http://127.0.0.1:9"
 TEXT = "".join(WORDS)
 
@@ -77,70 +76,24 @@ def async_client(**arguments: Any) -> AsyncClient:
     return AsyncClient(**{"api_key": "key", "http": HTTP, "routing": QUICK, **arguments})
 
 
-# A device without a model: the interface of `longshore.device.Student`, with a scripted answer.
-# The real one has tests of its own; what is tested here is how a client treats whatever it does.
+@pytest.fixture(scope="module")
+def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle of a random model: what it says is noise, how it says it is not."""
+    model_dir = write_model(tmp_path_factory.mktemp("model"), config_of("llama-tied"), seed=1)
+    return export_student(model_dir, tmp_path_factory.mktemp("bundle") / "student").path
 
 
-class ScriptedStudent:
-    def __init__(self, behaviour: Behaviour | None = None, *, start_error: Exception | None = None) -> None:
-        self.behaviour = behaviour or Behaviour(served_by="device")
-        self.requests: list[AnyRequest] = []
-        self.calibration: Calibration | None = None
-        self.num_waiting = 0
-        self.is_busy = False
-        self.closed = threading.Event()
-        self._start_error = start_error
-        template = ChatTemplate("x", {})
-        file = BundleFile("model.onnx", 1, "0" * 64)
-        self.manifest = Manifest(
-            "shop-student",
-            1,
-            DIGEST,
-            (file, BundleFile("tokenizer.json", 1, "0" * 64)),
-            (Variant("fp32", "model.onnx", "fp32"),),
-            "tokenizer.json",
-            KvGeometry(1, 1, 8, 256),
-            template,
-            (0,),
-            "1.20",
-            21,
-        )
+@pytest.fixture(scope="module")
+def student(bundle_dir: Path) -> Iterator[Student]:
+    with Student(bundle_dir, settings=DEVICE) as running:
+        yield running
 
-    def start(self) -> Calibration:
-        if self._start_error is not None:
-            raise self._start_error
-        self.calibration = Calibration(0.01, 5000.0, 500.0)
-        return self.calibration
 
-    def count_prompt_tokens(self, request: AnyRequest) -> int:
-        return sum(len(message.text.split()) for message in request.messages)  # type: ignore[union-attr]
-
-    def stream(self, request: AnyRequest, *, deadline_s: float | None = None) -> Iterator[AnswerEvent]:
-        self.requests.append(request)
-        if self.behaviour.error is not None and self.behaviour.stop_after is None:
-            raise self.behaviour.error
-        return self._events(request)
-
-    def _events(self, request: AnyRequest) -> Iterator[AnswerEvent]:
-        try:
-            request_id = request.longshore.request_id or ""
-            for number, event in enumerate(events(request_id, self.behaviour)):
-                if number == self.behaviour.stop_after:
-                    assert self.behaviour.error is not None
-                    raise self.behaviour.error
-                yield event
-        finally:
-            self.closed.set()
-
-    async def astream(
-        self, request: AnyRequest, *, deadline_s: float | None = None
-    ) -> AsyncIterator[AnswerEvent]:
-        await asyncio.sleep(self.behaviour.first_delay_s)
-        for event in self.stream(request, deadline_s=deadline_s):
-            yield event
-
-    def close(self) -> None:
-        self.closed.set()
+@pytest.fixture
+def own_student(bundle_dir: Path) -> Iterator[Student]:
+    """For tests that break it."""
+    with Student(bundle_dir, settings=DEVICE) as running:
+        yield running
 
 
 def loaded(client: Client | AsyncClient) -> None:
@@ -177,15 +130,18 @@ def test_whole_answer() -> None:
 
 
 def test_stream_of_chunks() -> None:
-    with TierServer() as edge, sync_client(edge_url=edge.url) as client:
-        with client.chat.completions.create(
-            **ASK, stream=True, stream_options={"include_usage": True}
-        ) as stream:
-            assert stream.report is None
-            first = next(stream)
-            assert first.choices[0].delta.role == "assistant" and stream.text == WORDS[0]
-            rest = list(stream)
-    assert "".join(c.choices[0].delta.content or "" for c in [first, *rest] if c.choices) == TEXT == stream.text
+    with (
+        TierServer() as edge,
+        sync_client(edge_url=edge.url) as client,
+        client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}) as stream,
+    ):
+        assert stream.report is None
+        first = next(stream)
+        assert first.choices[0].delta.role == "assistant" and stream.text == WORDS[0]
+        rest = list(stream)
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in [first, *rest] if c.choices) == TEXT == stream.text
+    )
     assert rest[-1].choices == () and rest[-1].usage == stream.usage
     assert stream.report is not None and stream.report.attempts[-1].outcome == "served"
 
@@ -310,62 +266,65 @@ def test_missing_bundle_is_told_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_next_tier_answers_when_the_first_fails(behaviour: Behaviour, stream: bool) -> None:
-    with TierServer(behaviour) as edge, TierServer() as core:
-        with sync_client(edge_url=edge.url, core_url=core.url) as client:
-            if stream:
-                chunks = client.chat.completions.create(**ASK, stream=True)
-                text, report = "".join(c.choices[0].delta.content or "" for c in chunks), chunks.report
-            else:
-                answer = client.chat.completions.create(**ASK)
-                text, report = answer.choices[0].message.content or "", answer.longshore
+    with (
+        TierServer(behaviour) as edge,
+        TierServer() as core,
+        sync_client(edge_url=edge.url, core_url=core.url) as client,
+    ):
+        if stream:
+            chunks = client.chat.completions.create(**ASK, stream=True)
+            text, report = "".join(c.choices[0].delta.content or "" for c in chunks), chunks.report
+        else:
+            answer = client.chat.completions.create(**ASK)
+            text, report = answer.choices[0].message.content or "", answer.longshore
     assert text == TEXT
     assert outcomes(report)[:2] == [("edge", "failed"), ("core", "served")]
     assert report is not None and report.reason.startswith("edge failed (")
     assert len(edge.seen) == len(core.seen) == 1
 
 
-def test_unreachable_tiers_leave_the_device() -> None:
-    student = ScriptedStudent()
+def test_unreachable_tiers_leave_the_device(student: Student) -> None:
     with sync_client(edge_url=NOBODY, core_url="http://127.0.0.1:11", device=student) as client:
         begin_s = time.monotonic()
-        answer = client.chat.completions.create(**ASK, mode="prefer-core")
+        answer = client.chat.completions.create(**SHORT, mode="prefer-core")
         took_s = time.monotonic() - begin_s
-        again = client.chat.completions.create(**ASK, mode="prefer-core")
-    assert answer.choices[0].message.content == TEXT
+        again = client.chat.completions.create(**SHORT, mode="prefer-core")
+    assert answer.usage is not None and answer.usage.completion_tokens == 8
     assert answer.longshore is not None and answer.longshore.served_by == "device"
-    assert outcomes(answer.longshore)[:3] == [("core", "failed"), ("edge", "failed"), ("device", "served")]
+    assert outcomes(answer.longshore) == [("core", "failed"), ("edge", "failed"), ("device", "served")]
     assert took_s < 3
     assert {("edge", "skipped"), ("core", "skipped")} <= set(outcomes(again.longshore))  # breakers are open
 
 
-async def test_async_fallback_to_the_device() -> None:
-    student = ScriptedStudent()
+async def test_async_fallback_to_the_device(student: Student) -> None:
     async with async_client(edge_url=NOBODY, device=student) as client:
-        answer = await client.chat.completions.create(**ASK, mode="prefer-core")
-        stream = await client.chat.completions.create(**ASK, stream=True, mode="device-only")
+        answer = await client.chat.completions.create(**SHORT, temperature=0, mode="prefer-core")
+        stream = await client.chat.completions.create(**SHORT, temperature=0, stream=True, mode="device-only")
         text = "".join([c.choices[0].delta.content or "" async for c in stream])
-    assert outcomes(answer.longshore)[:2] == [("edge", "failed"), ("device", "served")]
-    assert text == TEXT
+    assert outcomes(answer.longshore) == [("edge", "failed"), ("device", "served")]
+    assert text == answer.choices[0].message.content == stream.text
 
 
 def test_hanging_tier_leaves_the_next_one_time() -> None:
     with TierServer(Behaviour(silent=True)) as edge, TierServer() as core:
         with sync_client(edge_url=edge.url, core_url=core.url) as client:
             begin_s = time.monotonic()
-            answer = client.chat.completions.create(**ASK, deadline_ms=3000, max_tokens=10)
+            answer = client.chat.completions.create(**ASK, deadline_ms=1500, max_tokens=10)
             took_s = time.monotonic() - begin_s
         assert edge.seen[0].left_early.wait(2)
     assert answer.choices[0].message.content == TEXT
     assert outcomes(answer.longshore)[0] == ("edge", "failed")
-    assert took_s < 3
+    assert took_s < 1.5
 
 
-def test_measurably_slow_tier_is_passed_over_for_the_device() -> None:
-    student = ScriptedStudent()
-    with TierServer(Behaviour(first_delay_s=0.5)) as edge, sync_client(edge_url=edge.url, device=student) as client:
+def test_measurably_slow_tier_is_passed_over_for_the_device(student: Student) -> None:
+    with (
+        TierServer(Behaviour(first_delay_s=0.5)) as edge,
+        sync_client(edge_url=edge.url, device=student) as client,
+    ):
         loaded(client)
-        first = client.chat.completions.create(**ASK)
-        second = client.chat.completions.create(**ASK)
+        first = client.chat.completions.create(**SHORT)
+        second = client.chat.completions.create(**SHORT)
     assert first.longshore is not None and first.longshore.served_by == "core"
     report = second.longshore
     assert report is not None and report.served_by == "device"
@@ -374,9 +333,12 @@ def test_measurably_slow_tier_is_passed_over_for_the_device() -> None:
 
 
 def test_whole_answers_are_begun_anew_when_cut_since_nothing_was_delivered() -> None:
-    with TierServer(Behaviour(stop_after=3)) as edge, TierServer() as core:
-        with sync_client(edge_url=edge.url, core_url=core.url) as client:
-            answer = client.chat.completions.create(**ASK)
+    with (
+        TierServer(Behaviour(stop_after=3)) as edge,
+        TierServer() as core,
+        sync_client(edge_url=edge.url, core_url=core.url) as client,
+    ):
+        answer = client.chat.completions.create(**ASK)
     assert answer.choices[0].message.content == TEXT
     assert outcomes(answer.longshore)[:2] == [("edge", "interrupted"), ("core", "served")]
 
@@ -410,43 +372,50 @@ def test_breaker_reopens_a_tier_that_came_back() -> None:
     [InvalidRequestError("bad", param="n"), AuthenticationError("who"), UnknownModelError("no such model")],
 )
 def test_a_bad_request_is_not_tried_elsewhere(error: LongshoreError) -> None:
-    with TierServer(Behaviour(error=error)) as edge, TierServer() as core:
-        with sync_client(edge_url=edge.url, core_url=core.url) as client:
-            with pytest.raises(type(error), match=error.message) as raised:
-                client.chat.completions.create(**ASK, stream=True)
+    with (
+        TierServer(Behaviour(error=error)) as edge,
+        TierServer() as core,
+        sync_client(edge_url=edge.url, core_url=core.url) as client,
+        pytest.raises(type(error), match=error.message) as raised,
+    ):
+        client.chat.completions.create(**ASK, stream=True)
     assert core.seen == []
     assert [attempt.outcome for attempt in raised.value.attempts] == ["failed"]
     assert raised.value.request_id == edge.seen[0].body["longshore"]["request_id"]
 
 
-def test_what_only_the_device_refuses_is_asked_elsewhere() -> None:
-    student = ScriptedStudent(Behaviour(error=UnknownModelError("not on this device")))
+def test_what_only_the_device_refuses_is_asked_elsewhere(student: Student) -> None:
     with TierServer() as core, sync_client(core_url=core.url, device=student) as client:
-        answer = client.chat.completions.create(**ASK, mode="prefer-device")
+        beyond = {"logit_bias": {"100000": 1.0}}  # a token that the small vocabulary does not have
+        answer = client.chat.completions.create(**ASK, **beyond, mode="prefer-device")  # type: ignore[arg-type]
     assert outcomes(answer.longshore)[:2] == [("device", "failed"), ("core", "served")]
 
 
 def test_one_tier_alone_tells_its_own_error_and_several_are_named() -> None:
-    with sync_client(core_url=NOBODY) as client:
-        with pytest.raises(ConnectionFailedError) as alone:
-            client.chat.completions.create(**ASK)
+    with sync_client(core_url=NOBODY) as client, pytest.raises(ConnectionFailedError) as alone:
+        client.chat.completions.create(**ASK)
     assert {attempt.tier for attempt in alone.value.attempts} == {"core"}
-    with TierServer(Behaviour(error=UnavailableError("down"))) as edge:
-        with sync_client(edge_url=edge.url, core_url=NOBODY) as client:
-            with pytest.raises(NoTierAvailableError) as several:
-                client.chat.completions.create(**ASK)
+    with (
+        TierServer(Behaviour(error=UnavailableError("down"))) as edge,
+        sync_client(edge_url=edge.url, core_url=NOBODY) as client,
+        pytest.raises(NoTierAvailableError) as several,
+    ):
+        client.chat.completions.create(**ASK)
     assert "edge failed (unavailable)" in several.value.message
     assert "core failed (connection_failed)" in several.value.message
 
 
 def test_interrupted_stream_tells_how_far_it_came_and_is_not_begun_anew() -> None:
-    with TierServer(Behaviour(stop_after=4)) as edge, TierServer() as core:
-        with sync_client(edge_url=edge.url, core_url=core.url) as client:
-            stream = client.chat.completions.create(**ASK, stream=True)
-            got = []
-            with pytest.raises(AnswerInterruptedError) as raised:
-                for chunk in stream:
-                    got.append(chunk.choices[0].delta.content or "")
+    with (
+        TierServer(Behaviour(stop_after=4)) as edge,
+        TierServer() as core,
+        sync_client(edge_url=edge.url, core_url=core.url) as client,
+    ):
+        stream = client.chat.completions.create(**ASK, stream=True)
+        got = []
+        with pytest.raises(AnswerInterruptedError) as raised:
+            for chunk in stream:
+                got.append(chunk.choices[0].delta.content or "")
     assert got == list(WORDS[:4])
     assert raised.value.tokens_delivered == 4
     assert raised.value.partial_text == "".join(WORDS[:4]) == stream.text
@@ -476,12 +445,15 @@ def test_a_gap_in_the_tokens_is_an_error_not_an_answer() -> None:
 
 
 def test_deadline_is_kept_whatever_the_tiers_do() -> None:
-    with TierServer(Behaviour(silent=True)) as edge, TierServer(Behaviour(silent=True)) as core:
-        with sync_client(edge_url=edge.url, core_url=core.url) as client:
-            begin_s = time.monotonic()
-            with pytest.raises(DeadlineExceededError) as raised:
-                client.chat.completions.create(**ASK, deadline_ms=600, max_tokens=1)
-            took_s = time.monotonic() - begin_s
+    with (
+        TierServer(Behaviour(silent=True)) as edge,
+        TierServer(Behaviour(silent=True)) as core,
+        sync_client(edge_url=edge.url, core_url=core.url) as client,
+    ):
+        begin_s = time.monotonic()
+        with pytest.raises(DeadlineExceededError) as raised:
+            client.chat.completions.create(**ASK, deadline_ms=600, max_tokens=1)
+        took_s = time.monotonic() - begin_s
     assert 0.5 < took_s < 1.5
     assert {attempt.tier for attempt in raised.value.attempts} == {"edge", "core"}
 
@@ -498,13 +470,16 @@ async def test_async_deadline_in_the_middle_of_a_stream() -> None:
     assert raised.value.tokens_delivered == 2 and raised.value.partial_text == "".join(WORDS[:2])
 
 
-async def test_async_device_is_held_to_its_time() -> None:
-    student = ScriptedStudent(Behaviour(first_delay_s=30))
-    async with async_client(device=student) as client:
+async def test_async_device_is_held_to_its_time(own_student: Student) -> None:
+    assert own_student.process_id is not None
+    async with async_client(device=own_student) as client:
+        await client.chat.completions.create(**SHORT)
+        os.kill(own_student.process_id, signal.SIGSTOP)
         begin_s = time.monotonic()
         with pytest.raises(DeadlineExceededError):
-            await client.chat.completions.create(**ASK, deadline_ms=300)
-    assert time.monotonic() - begin_s < 1.5
+            await client.chat.completions.create(**SHORT, deadline_ms=300)
+        assert time.monotonic() - begin_s < 1.5
+        os.kill(own_student.process_id, signal.SIGCONT)
 
 
 async def test_cancelling_an_async_call_closes_it_at_the_tier() -> None:
@@ -521,98 +496,114 @@ async def test_cancelling_an_async_call_closes_it_at_the_tier() -> None:
 
 
 def test_closing_a_stream_early_closes_it_at_the_tier() -> None:
-    with TierServer(Behaviour(words=("a",) * 500, token_delay_s=0.02)) as edge:
-        with sync_client(edge_url=edge.url) as client:
-            with client.chat.completions.create(**ASK, stream=True) as stream:
-                next(stream)
-            assert edge.seen[0].left_early.wait(2)
-            assert client.measurements()[0].num_in_flight == 0
-            assert list(stream) == []
+    with (
+        TierServer(Behaviour(words=("a",) * 500, token_delay_s=0.02)) as edge,
+        sync_client(edge_url=edge.url) as client,
+    ):
+        with client.chat.completions.create(**ASK, stream=True) as stream:
+            next(stream)
+        assert edge.seen[0].left_early.wait(2)
+        assert client.measurements()[0].num_in_flight == 0
+        assert list(stream) == []
 
 
 # -- device and privacy ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["auto", "prefer-core", "prefer-device"])
-def test_private_requests_stay_on_the_device(mode: Any) -> None:
-    student = ScriptedStudent()
+def test_private_requests_stay_on_the_device(mode: Any, student: Student) -> None:
     with TierServer() as edge, sync_client(edge_url=edge.url, device=student) as client:
-        answer = client.chat.completions.create(**ASK, privacy="device-only", mode=mode)
-        student.behaviour = Behaviour(error=DeviceError("broken"))
-        with pytest.raises(DeviceError):
-            client.chat.completions.create(**ASK, privacy="device-only", mode=mode)
+        answer = client.chat.completions.create(**SHORT, privacy="device-only", mode=mode)
+        with pytest.raises(OutOfRangeError):  # refused by the device, and still asked nowhere else
+            client.chat.completions.create(
+                **SHORT, privacy="device-only", mode=mode, logit_bias={"100000": 1.0}
+            )
     assert edge.seen == []
     assert answer.longshore is not None and {hop.tier for hop in answer.longshore.hops} == {"device"}
 
 
 def test_private_request_without_a_device_is_refused() -> None:
-    with TierServer() as edge, sync_client(edge_url=edge.url) as client:
-        with pytest.raises(NoTierAvailableError, match="device"):
-            client.chat.completions.create(**ASK, privacy="device-only")
+    with (
+        TierServer() as edge,
+        sync_client(edge_url=edge.url) as client,
+        pytest.raises(NoTierAvailableError, match="device"),
+    ):
+        client.chat.completions.create(**ASK, privacy="device-only")
     assert edge.seen == []
 
 
-def test_device_that_can_not_start_says_why_where_it_is_the_only_one() -> None:
-    student = ScriptedStudent(start_error=ConfigError("onnxruntime is missing"))
-    with TierServer() as edge, sync_client(edge_url=edge.url, device=student) as client:
+def test_device_that_can_not_start_says_why_where_it_is_the_only_one(
+    bundle_dir: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(bundle_dir, tmp_path / "damaged")
+    model = next(damaged.glob("**/*.onnx"))
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    with TierServer() as edge, sync_client(edge_url=edge.url, device=damaged) as client:
         for _ in range(2):
-            with pytest.raises(ConfigError, match="onnxruntime"):
+            with pytest.raises(BundleDamagedError):
                 client.chat.completions.create(**ASK, mode="device-only")
         answer = client.chat.completions.create(**ASK, mode="prefer-device")
     assert outcomes(answer.longshore)[:2] == [("device", "skipped"), ("edge", "served")]
 
 
-def test_prompt_too_long_for_the_only_tier_says_so() -> None:
-    student = ScriptedStudent()
-    long = {"model": "shop", "messages": [{"role": "user", "content": "word " * 300}]}
+def test_prompt_too_long_for_the_only_tier_says_so(student: Student) -> None:
+    long: Any = {"model": "shop", "messages": [{"role": "user", "content": "word " * 3000}]}
     with sync_client(device=student) as client:
         loaded(client)
         with pytest.raises(PromptTooLongError):
-            client.chat.completions.create(**long)  # type: ignore[arg-type]
-    assert student.requests == []
+            client.chat.completions.create(**long)
+    with TierServer() as core, sync_client(core_url=core.url, device=student) as client:
+        answer = client.chat.completions.create(**long, mode="prefer-device")
+    assert outcomes(answer.longshore)[:2] == [("device", "skipped"), ("core", "served")]
 
 
-def test_device_starts_when_first_used_if_asked_to() -> None:
-    student = ScriptedStudent()
-    with sync_client(device=student, device_start="first-use") as client:
-        assert student.calibration is None
-        answer = client.chat.completions.create(**ASK)
-        assert student.calibration is not None
-        assert [card.id for card in client.models.list().data] == ["shop-student"]
-    assert answer.choices[0].message.content == TEXT
+def test_device_starts_when_first_used_if_asked_to(bundle_dir: Path) -> None:
+    with sync_client(device=bundle_dir, device_settings=DEVICE, device_start="first-use") as client:
+        assert client.measurements()[0].prefill_tokens_per_s is None
+        answer = client.chat.completions.create(**SHORT)
+        assert client.measurements()[0].prefill_tokens_per_s is not None
+        assert len(client.models.list().data) == 1
+    assert answer.usage is not None and answer.usage.completion_tokens == 8
 
 
-def test_cut_device_answer_is_told_as_interrupted() -> None:
-    student = ScriptedStudent(Behaviour(stop_after=3, error=DeviceError("the process died")))
-    with sync_client(device=student) as client:
-        stream = client.chat.completions.create(**ASK, stream=True)
-        with pytest.raises(AnswerInterruptedError, match="process died") as raised:
+def test_device_whose_process_dies_mid_answer_is_told_as_interrupted(own_student: Student) -> None:
+    with sync_client(device=own_student) as client:
+        loaded(client)
+        stream = client.chat.completions.create(**{**SHORT, "max_tokens": 150}, stream=True)
+        next(stream)
+        assert own_student.process_id is not None
+        os.kill(own_student.process_id, signal.SIGKILL)
+        with pytest.raises(AnswerInterruptedError) as raised:
             list(stream)
-    assert raised.value.partial_text == "".join(WORDS[:3])
+        assert raised.value.partial_text == stream.text and raised.value.tokens_delivered
+        assert client.chat.completions.create(**SHORT).usage is not None  # and the next one is answered
 
 
-def test_models_need_a_tier_that_answers() -> None:
+def test_models_need_a_tier_that_answers(student: Student) -> None:
     with sync_client(core_url=NOBODY) as client, pytest.raises(ConnectionFailedError):
         client.models.list()
-    with TierServer() as edge, sync_client(edge_url=[NOBODY, edge.url], device=ScriptedStudent()) as client:
-        assert [card.id for card in client.models.list().data] == ["shop", "shop-student"]
+    with TierServer() as edge, sync_client(edge_url=[NOBODY, edge.url], device=student) as client:
+        assert [card.id for card in client.models.list().data] == ["shop", student.manifest.name]
 
 
 # -- the socket --------------------------------------------------------------------------------
 
 
 async def test_stream_socket_carries_several_chats() -> None:
-    async with SocketServer(lambda request: (request.messages[-1].text, "!")) as server:
-        async with async_client(edge_url=server.url) as client, client.stream_socket() as socket:
-            streams = [
-                await socket.chat(model="shop", messages=[{"role": "user", "content": f"n{number}"}])
-                for number in range(5)
-            ]
-            for number, stream in enumerate(streams):
-                text = "".join([c.choices[0].delta.content or "" async for c in stream])
-                assert text == stream.text == f"n{number}!"
-                assert stream.report is not None
-            assert await socket.ping() > 0
+    async with (
+        SocketServer(lambda request: (request.messages[-1].text, "!")) as server,
+        async_client(edge_url=server.url) as client,
+        client.stream_socket() as socket,
+    ):
+        streams = [
+            await socket.chat(model="shop", messages=[{"role": "user", "content": f"n{number}"}])
+            for number in range(5)
+        ]
+        for number, stream in enumerate(streams):
+            text = "".join([c.choices[0].delta.content or "" async for c in stream])
+            assert text == stream.text == f"n{number}!"
+            assert stream.report is not None
+        assert await socket.ping() > 0
 
 
 # -- the call alone, with a clock of its own ---------------------------------------------------
@@ -701,9 +692,9 @@ def test_public_names_are_what_they_are_said_to_be() -> None:
     errors = {
         name
         for name, value in inspect.getmembers(longshore.errors, inspect.isclass)
-        if issubclass(value, LongshoreError)
+        if issubclass(value, LongshoreError) and not issubclass(value, longshore.errors.ExportError)
     }
-    assert errors <= set(longshore.__all__)
+    assert errors <= set(longshore.__all__)  # all but those of the export command
     for name in longshore.__all__:
         assert getattr(longshore, name) is not None
     assert set(longshore.__all__) <= set(dir(longshore))

@@ -426,9 +426,11 @@ async def test_silent_generation_ends_at_its_deadline_and_the_socket_goes_on() -
 async def test_socket_refusals_are_typed() -> None:
     with pytest.raises(ConnectionFailedError):
         await open_socket(NOBODY, "key", SETTINGS, 2.0)
-    with TierServer(Behaviour(raw=b"HTTP/1.1 401 X\r\ncontent-length: 0\r\n\r\n")) as tier:
-        with pytest.raises(AuthenticationError):
-            await open_socket(tier.url, "key", SETTINGS, 2.0)
+    with (
+        TierServer(Behaviour(raw=b"HTTP/1.1 401 X\r\ncontent-length: 0\r\n\r\n")) as tier,
+        pytest.raises(AuthenticationError),
+    ):
+        await open_socket(tier.url, "key", SETTINGS, 2.0)
 
 
 # -- the multiplexer alone ---------------------------------------------------------------------
