@@ -1,4 +1,4 @@
-"""A request's way inside one HTTP worker: checked, put into tokens, admitted, generated, told as events.
+"""A planned request's way inside one HTTP worker: admitted, generated, told as events.
 
 Every answer is an `AnswerStream`: a task that drives the engine and a bounded buffer that the sender empties.
 Closing the stream ends the engine's work. It never touches a socket and never picks a model's weights.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
 from typing import cast
 
 from longshore.errors import (
@@ -21,57 +19,24 @@ from longshore.errors import (
     DuplicateRequestError,
     EngineFailedError,
     InternalError,
-    InvalidRequestError,
     LongshoreError,
-    OutOfRangeError,
-    PromptTooLongError,
-    ResumeUnavailableError,
-    UnknownModelError,
 )
-from longshore.wire import (
-    AnswerEvent,
-    AnyRequest,
-    ChatRequest,
-    Continuation,
-    Hop,
-    Report,
-    Segment,
-    Usage,
-    usage_of,
-)
-from longshore_server.admission import Admission, priority_of
+from longshore.wire import AnswerEvent, AnyRequest, Hop, Report, Segment, Usage, usage_of
+from longshore_server.admission import Admission
 from longshore_server.auth import Caller
-from longshore_server.choice import Choice, Seam, sub_seed
+from longshore_server.choice import Choice
 from longshore_server.config import CoreConfig
-from longshore_server.engines.base import Engine, EngineToken, GenerateJob, SamplingSpec
+from longshore_server.engines.base import Engine, EngineToken, GenerateJob
 from longshore_server.event_buffer import EventBuffer
+from longshore_server.planning import Plan, Planner
 from longshore_server.telemetry.metrics import Metrics
-from longshore_server.text import ModelText, check_text_only
+from longshore_server.text import ModelText
 
 logger = logging.getLogger(__name__)
 
 _MAX_BUFFERED_EVENTS = 256
 _DEADLINE_GRACE_S = 0.25  # the engine is asked to end it first, and says how far it came
 _CLOSE_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A request that was checked and put into tokens; times are of `time.monotonic()`."""
-
-    request: AnyRequest
-    request_id: str
-    caller: Caller
-    model: str
-    arrived_s: float
-    deadline_s: float
-    jobs: tuple[GenerateJob, ...]
-    seam: Seam
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What no two requests in flight may share; a continuation is a request of its own."""
-        return (self.caller.tenant, self.request_id, self.seam.segment)
 
 
 class AnswerService:
@@ -89,10 +54,13 @@ class AnswerService:
         self.config = config
         self.engine = engine
         self.text = text
+        self._planner = Planner(config, engine, text)
         self.metrics = metrics
         self.clock = clock
+        # Twice what the engine runs at once keeps its batch full; those that wait in it go by lane, too.
+        places_in_engine = (config.max_num_seqs + config.max_waiting) // config.workers
         self.admission = Admission(
-            max_running=max(2 * config.max_num_seqs // config.workers, 1),
+            max_running=max(min(2 * config.max_num_seqs, places_in_engine), 1),
             max_waiting=-(-config.max_waiting // config.workers),
             max_per_tenant=-(-config.max_in_flight_per_tenant // config.workers),
             on_waiting=metrics.admission_waiting,
@@ -101,35 +69,8 @@ class AnswerService:
         self._in_flight: set[tuple[str, str, int]] = set()
 
     async def plan(self, request: AnyRequest, caller: Caller, request_id: str, arrived_s: float) -> Plan:
-        """Check a request and put it into tokens; raises a RequestError, or UnavailableError."""
-        self._check(request, caller)
-        seam, answer_so_far = self._seam(request.longshore.continue_from)
-        prompts = await self.text.prompts(request, answer_so_far=answer_so_far)
-        deadline_ms = request.longshore.deadline_ms
-        deadline_s = arrived_s + (
-            self.config.default_deadline_s if deadline_ms is None else deadline_ms / 1000
-        )
-        draft = GenerateJob(
-            request_id="",
-            prompt_token_ids=(),
-            tenant=caller.tenant,
-            priority=priority_of(request.lane),
-            deadline_s=deadline_s,
-            continue_from=seam.token_ids,
-        )
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        jobs = tuple(
-            replace(
-                draft,
-                request_id=f"{request_id}-{seam.segment}-{number * request.n + index}-{secrets.token_hex(4)}",
-                prompt_token_ids=prompt,
-                params=self._sampling(request, caller, prompt, seam, sub_seed(seed, index)),
-            )
-            for number, prompt in enumerate(prompts)
-            for index in range(request.n)
-        )
-        model = self.config.model_name
-        return Plan(request, request_id, caller, model, arrived_s, deadline_s, jobs, seam)
+        """Check a request and put it into tokens; raises a RequestError."""
+        return await self._planner.plan(request, caller, request_id, arrived_s)
 
     def open(self, plan: Plan) -> AnswerStream:
         """Start the answer; raises DuplicateRequestError. The caller must `aclose` the stream."""
@@ -137,84 +78,6 @@ class AnswerService:
             raise DuplicateRequestError("a request with this id is in flight", param="longshore.request_id")
         self._in_flight.add(plan.key)
         return AnswerStream(self, plan, on_end=lambda: self._in_flight.discard(plan.key))
-
-    def _check(self, request: AnyRequest, caller: Caller) -> None:
-        if request.model not in self.config.model_names:
-            raise UnknownModelError(f"model: no model {request.model!r} here", param="model")
-        caller.check(request)
-        check_text_only(request)
-
-    def _seam(self, continuation: Continuation | None) -> tuple[Seam, str]:
-        """Where the answer goes on, and the text that a model with other tokens has to read first."""
-        if continuation is None:
-            return Seam(), ""
-        token_ids, text = continuation.token_ids, continuation.text
-        is_same_model = continuation.model_digest == self.engine.info.digest
-        if is_same_model and "resume" in self.engine.capabilities:
-            _check_vocabulary(token_ids, self.engine.info.vocab_size, "longshore.continue_from.token_ids")
-            return Seam(continuation.segment, token_ids), ""
-        if token_ids and not text:
-            raise ResumeUnavailableError(
-                "the answer was begun by another model: send its text to go on from",
-                param="longshore.continue_from",
-            )
-        seam = Seam(continuation.segment, (), len(token_ids), len(text.encode()))
-        return seam, text
-
-    def _sampling(
-        self, request: AnyRequest, caller: Caller, prompt: tuple[int, ...], seam: Seam, seed: int
-    ) -> SamplingSpec:
-        max_tokens = self._max_tokens(request, caller, prompt) - seam.offset
-        if request.min_tokens > max_tokens + seam.offset:
-            raise OutOfRangeError(
-                f"min_tokens: {request.min_tokens} is more than the {max_tokens} tokens that may come",
-                param="min_tokens",
-            )
-        bias = {int(token_id): value for token_id, value in (request.logit_bias or {}).items()}
-        _check_vocabulary(bias, self.engine.info.vocab_size, "logit_bias")
-        return SamplingSpec(
-            max_tokens=max(max_tokens, 0),
-            min_tokens=max(request.min_tokens - seam.offset, 0),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            repetition_penalty=request.repetition_penalty,
-            logit_bias=bias,
-            num_logprobs=request.num_logprobs,
-            ignore_eos=request.ignore_eos,
-            seed=seed,
-        )
-
-    def _max_tokens(self, request: AnyRequest, caller: Caller, prompt: tuple[int, ...]) -> int:
-        """The most tokens of the whole answer: what was asked for, as far as the context holds it."""
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
-        max_model_len = self.engine.info.max_model_len
-        _check_vocabulary(prompt, self.engine.info.vocab_size, param)
-        if not prompt:
-            raise InvalidRequestError(f"{param}: holds no token", param=param)
-        if len(prompt) >= max_model_len:
-            raise PromptTooLongError(
-                f"{param}: the prompt has {len(prompt)} tokens; this model's context holds {max_model_len}, "
-                "at least one of them for the answer",
-                param=param,
-            )
-        limits = (
-            max_model_len - len(prompt),
-            request.token_limit or self.config.default_max_tokens,
-            caller.max_tokens,
-        )
-        return min(limit for limit in limits if limit is not None)
-
-
-def _check_vocabulary(token_ids: object, vocab_size: int, param: str) -> None:
-    for token_id in cast(tuple[int, ...], token_ids):
-        if token_id >= vocab_size:
-            raise OutOfRangeError(
-                f"{param}: {token_id} is no token of this model, which has {vocab_size}", param=param
-            )
 
 
 class AnswerStream:

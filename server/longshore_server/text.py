@@ -81,7 +81,11 @@ class ModelText:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """The token ids of a text."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) <= _INLINE_CHARS:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # of the tokenizer's calls only the batch ones let other threads run meanwhile
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The prompt text of a conversation, ready for the assistant's turn."""

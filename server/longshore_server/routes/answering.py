@@ -18,7 +18,8 @@ from longshore.errors import AnswerInterruptedError, CancelledError, LongshoreEr
 from longshore.sse import DONE, KEEPALIVE, encode_data, encode_error
 from longshore.wire import AnswerEvent, ChatRequest, dump_json, encode
 from longshore.wire.render import AnswerCollector, ChatRenderer, CompletionRenderer
-from longshore_server.generation import AnswerService, AnswerStream, Plan
+from longshore_server.generation import AnswerService, AnswerStream
+from longshore_server.planning import Plan
 from longshore_server.routes.reading import REQUEST_ID_HEADER
 
 logger = logging.getLogger(__name__)

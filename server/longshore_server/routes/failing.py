@@ -57,7 +57,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return response
 
     for kind in (LongshoreError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, on_error)
+        app.add_exception_handler(kind, on_error)  # type: ignore[arg-type]  # takes both kinds of connection
 
 
 def as_longshore_error(connection: HTTPConnection, error: Exception) -> LongshoreError:

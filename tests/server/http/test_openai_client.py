@@ -48,7 +48,7 @@ def test_greedy_answer_is_that_of_transformers(client: openai.OpenAI, core: Core
 
 
 def test_without_a_limit_the_answer_fills_the_context(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "lamp " * 450}]
+    messages = [{"role": "user", "content": "lamp " * 850}]
     answer = _ask(client, messages=messages, max_tokens=None, extra_body={"ignore_eos": True})
     assert answer.usage.total_tokens == 1024
     assert answer.choices[0].finish_reason == "length"
