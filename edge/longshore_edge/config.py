@@ -26,6 +26,7 @@ from longshore.wire import Lane, decode, limits
 
 ENVIRONMENT_PREFIX = "LONGSHORE_EDGE_"
 API_KEY_VARIABLE = "LONGSHORE_API_KEY"
+_CLIENTS_VARIABLE = "LONGSHORE_EDGE_URL"  # where a client finds this tier: no setting of ours
 _MASK = "***"
 _SECRETS = frozenset({"api_key", "signing_key", "key_sha256"})
 
@@ -215,7 +216,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     hints = typing.get_type_hints(EdgeConfig)
     values = {}
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == _CLIENTS_VARIABLE:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name not in hints:

@@ -27,6 +27,7 @@ from longshore.wire.request import Lane
 
 ENVIRONMENT_PREFIX = "LONGSHORE_CORE_"
 API_KEY_VARIABLE = "LONGSHORE_API_KEY"
+_CLIENTS_VARIABLE = "LONGSHORE_CORE_URL"  # where a client finds this tier: no setting of ours
 DEFAULT_TENANT = "default"
 _MASK = "***"
 
@@ -222,7 +223,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     names = {item.name for item in dataclasses.fields(CoreConfig)}
     values: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == _CLIENTS_VARIABLE:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name not in names:
