@@ -11,38 +11,25 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from itertools import count
 
-import torch
-from transformers import PreTrainedModel
-
-from longshore_server.native.attention.invariant import plan_invariant_passes
-from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
-from longshore_server.native.attention.probe import probe_geometries
-from longshore_server.native.attention.reference import plan_passes
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.checks import check_float, check_int
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import (
-    ConfigError,
     DuplicateRequestError,
     InvalidRequestError,
-    ModelLoadError,
     NativeEngineError,
     PromptTooLongError,
-    UnsupportedModelError,
 )
-from longshore_server.native.model import cpu_linear
-from longshore_server.native.model.load import LoadedModel, load_model
 from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
-from longshore_server.native.runner import ModelRunner
 from longshore_server.native.sampler import SampledToken
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.scheduler import Chunk, Schedule, Scheduler
 from longshore_server.native.sequence import Sequence
+from longshore_server.native.startup import build
 
 logger = logging.getLogger(__name__)
 
 MAX_PRIORITY = 1_000_000
-DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
 
 ChunkResult = SampledToken | None | Exception
 
@@ -63,22 +50,14 @@ class NativeEngine:
     def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self._clock = clock
-        loaded = load_model(config)
-        device = torch.device(config.device)
-        geometries = _probe(loaded, device, config.model)
-        dtype = loaded.model.dtype
-        self.batch_invariant = _make_invariant(loaded.model, config, geometries)
-        num_blocks = _num_kv_blocks(
-            config, loaded.max_model_len, block_bytes(geometries, config.block_size, dtype)
-        )
-        self.eos_token_ids = loaded.eos_token_ids
-        self.vocab_size = loaded.vocab_size
-        self.max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
-        cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
-        plan = plan_invariant_passes if self.batch_invariant else plan_passes
-        self._runner = ModelRunner(loaded.model, cache, device, plan)
+        built = build(config)
+        self.eos_token_ids = built.eos_token_ids
+        self.vocab_size = built.vocab_size
+        self.max_model_len = built.max_model_len
+        self.batch_invariant = built.batch_invariant
+        self._runner = built.runner
         self._scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
+            BlockPool(built.num_kv_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_waiting=config.max_num_waiting,
@@ -233,22 +212,33 @@ class NativeEngine:
     def generate(
         self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
     ) -> list[list[int]]:
-        """Answers all prompts and returns their token ids, stop tokens included; not beside other requests.
+        """Answers all prompts and returns their token ids, stop tokens included.
 
-        Raises NativeEngineError when an answer failed.
+        For an engine without other requests. Raises NativeEngineError when an answer fails, and whatever
+        add_request() raises; nothing is left behind.
         """
+        if self.has_unfinished():
+            raise NativeEngineError("generate() needs an engine without other requests")
         each = params if isinstance(params, list) else [params] * len(prompts)
         answers: dict[str, list[int]] = {f"generate-{index}": [] for index in range(len(prompts))}
         pending = list(zip(answers, prompts, each, strict=True))[::-1]
-        while pending or self.has_unfinished():
-            while pending and not self._scheduler.is_full:
-                self.add_request(*pending.pop())
-            for output in self.step():
-                if output.error is not None:
-                    raise NativeEngineError(f"{output.request_id}: {output.error}")
-                if output.token_id is not None:
-                    answers[output.request_id].append(output.token_id)
+        try:
+            while pending or self.has_unfinished():
+                while pending and not self._scheduler.is_full:
+                    self.add_request(*pending.pop())
+                self._collect(answers)
+        finally:
+            for request_id in answers:
+                self.abort(request_id)
+            self._endings.clear()
         return list(answers.values())
+
+    def _collect(self, answers: dict[str, list[int]]) -> None:
+        for output in self.step():
+            if output.error is not None:
+                raise NativeEngineError(f"{output.request_id}: {output.error}")
+            if output.token_id is not None:
+                answers[output.request_id].append(output.token_id)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -290,49 +280,3 @@ def _check_token_ids(field: str, token_ids: SequenceOf[int], vocab_size: int) ->
     for token_id in token_ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise InvalidRequestError(field, f"{token_id!r} is not a token id below {vocab_size}")
-
-
-def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[LayerGeometry]:
-    try:
-        return probe_geometries(loaded.model, loaded.num_layers, device)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
-    except Exception as error:
-        raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
-
-
-def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: list[LayerGeometry]) -> bool:
-    """On a CPU in float32, packs the linear layers; says whether the batch-invariant passes are to be used.
-
-    Raises ConfigError when the mode was asked for and cannot be had.
-    """
-    if not config.may_be_batch_invariant:
-        return False
-    is_packed = cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0
-    if is_packed and all(g.key_dim == g.value_dim for g in geometries):
-        return config.batch_invariant is not False
-    if config.batch_invariant:
-        reason = "keys and values differ in size" if is_packed else "torch has no packed kernels for this CPU"
-        raise ConfigError("batch_invariant", f"cannot be had: {reason}")
-    return False
-
-
-def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int) -> int:
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    if config.kv_memory_bytes is not None:
-        num_blocks = config.kv_memory_bytes // bytes_per_block
-        if num_blocks == 0:
-            raise ConfigError("kv_memory_bytes", f"is less than one block of {bytes_per_block} bytes")
-        return num_blocks
-    num_wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
-    return max(1, min(num_wanted, DEFAULT_KV_MEMORY_BYTES // bytes_per_block))
-
-
-def _fit_model_len(config: EngineConfig, max_model_len: int, num_kv_tokens: int) -> int:
-    """The longest sequence that the KV cache can hold alone; a length that was asked for must fit."""
-    if config.max_model_len is not None and config.max_model_len > num_kv_tokens:
-        raise ConfigError(
-            "max_model_len", f"{config.max_model_len} exceeds the KV cache's {num_kv_tokens} tokens"
-        )
-    return min(max_model_len, num_kv_tokens)

@@ -11,7 +11,10 @@ from longshore_server.native.model.cpu_linear import PackedLinear, is_available,
 pytestmark = pytest.mark.skipif(not is_available(), reason="this torch has no packed kernels for this CPU")
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (384, 1024), (100, 250), (64, 300), (1, 7)], ids=str)
+SHAPES = [(64, 64), (384, 1024), (100, 250), (64, 300), (1, 7), (4096, 4096)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_equals_linear_and_rows_are_invariant(shape, bias) -> None:
@@ -20,7 +23,7 @@ def test_equals_linear_and_rows_are_invariant(shape, bias) -> None:
     packed = PackedLinear(linear)
     rows = torch.randn(70, shape[0])
     whole = packed(rows)
-    assert torch.allclose(whole, linear(rows), atol=1e-4)
+    assert torch.allclose(whole, linear(rows), atol=2e-3)
     for start, count in ((0, 1), (69, 1), (3, 2), (1, 16), (2, 33), (10, 60)):
         assert torch.equal(packed(rows[start : start + count]), whole[start : start + count])
     assert torch.equal(packed(rows[None])[0], whole)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from longshore_server.native import SamplingParams
 from longshore_server.native.errors import (
     DuplicateRequestError,
     InvalidRequestError,
+    NativeEngineError,
     PromptTooLongError,
     QueueFullError,
 )
@@ -271,3 +275,31 @@ def test_random_adds_and_aborts_leave_the_books_clean(family, make_engine) -> No
     assert {"length", "abort", "deadline"} <= set(ended.values())
     assert refused and stats.preemptions and stats.prefix_cache_hits
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
+
+
+def test_generate_leaves_nothing_behind_when_it_fails(make_engine, greedy) -> None:
+    engine = make_engine("llama", max_num_seqs=2, max_num_waiting=0)
+    with pytest.raises(InvalidRequestError):
+        engine.generate([[5], [6], [300]], [greedy(1), greedy(50, ignore_eos=True), greedy(1)])
+    assert not engine.has_unfinished()
+    engine.check_integrity()
+    Poison(engine, token=99, mode="raise")
+    with pytest.raises(NativeEngineError, match="generate-1"):
+        engine.generate([[5], [99]], greedy(20, ignore_eos=True))
+    assert not engine.has_unfinished() and engine.stats().kv_usage == 0.0
+    engine.add_request("r", [5], greedy(2))
+    with pytest.raises(NativeEngineError, match="other requests"):
+        engine.generate([[5]], greedy(2))
+
+
+def test_the_benchmark_measures(model_folder) -> None:
+    command = [sys.executable, "-m", "longshore_server.native.bench", "--model", str(model_folder("llama"))]
+    sizes = ["--streams", "1", "3", "--prompt-tokens", "9", "--answer-tokens", "6", "--rounds", "1", "--json"]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=100, check=True)
+    rows = json.loads(done.stdout)
+    assert [(row["what"], row["num_streams"]) for row in rows] == [
+        ("native engine", 1),
+        ("native engine", 3),
+        ("transformers.generate", 1),
+    ]
+    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)

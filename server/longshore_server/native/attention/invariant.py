@@ -22,7 +22,7 @@ from longshore_server.native.attention.reference import (
 )
 
 # Contexts are read in whole multiples of this many tokens (rounded up to whole blocks).
-TILE_TOKENS = 128
+TILE_TOKENS = 64
 
 
 def plan_invariant_passes(

@@ -17,7 +17,7 @@ from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
 
 # A group's gathered keys should stay in a core's own cache between gathering and attending.
-GROUP_KEY_BYTES = 512 * 1024
+GROUP_KEY_BYTES = 1024 * 1024
 
 
 class AttentionPass(Protocol):

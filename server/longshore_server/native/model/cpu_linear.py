@@ -13,8 +13,8 @@ from torch import nn
 
 # oneDNN chooses the packing for an expected number of rows; 32 was the fastest over 2..512 rows.
 EXPECTED_ROWS = 32
-# A single row would take another kernel (GEMV) with another order of summation.
-MIN_ROWS = 2
+# A single row would take another kernel, with another order of summation; four equal rows are also faster.
+SINGLE_ROW_COPIES = 4
 
 
 class PackedLinear(nn.Module):
@@ -29,12 +29,15 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows = inputs.reshape(-1, self.in_features)
-        num_rows = rows.shape[0]
-        if num_rows < MIN_ROWS:
-            rows = rows.expand(MIN_ROWS, -1)
-        output = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return output[:num_rows].view(*inputs.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        if inputs.numel() != self.in_features:
+            return self._multiply(inputs)
+        copies = inputs.reshape(1, self.in_features).expand(SINGLE_ROW_COPIES, -1)
+        return self._multiply(copies)[0].view(*inputs.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            rows, self.packed, self.bias, "none", [], ""
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -1,0 +1,104 @@
+"""From settings to a runner: loads the model, learns its KV geometry, sizes the cache, picks the attention.
+
+It runs once, when an engine is made, and knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from longshore_server.native.attention.invariant import plan_invariant_passes
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
+from longshore_server.native.attention.probe import probe_geometries
+from longshore_server.native.attention.reference import plan_passes
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from longshore_server.native.model import cpu_linear
+from longshore_server.native.model.load import LoadedModel, load_model
+from longshore_server.native.runner import ModelRunner
+
+DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """A runner that is ready to step, and the limits that requests are checked against."""
+
+    runner: ModelRunner
+    num_kv_blocks: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    batch_invariant: bool
+
+
+def build(config: EngineConfig) -> BuiltModel:
+    """Raises ConfigError, ModelLoadError or UnsupportedModelError, each with one line."""
+    loaded = load_model(config)
+    device = torch.device(config.device)
+    geometries = _probe(loaded, device, config.model)
+    dtype = loaded.model.dtype
+    batch_invariant = _make_invariant(loaded.model, config, geometries)
+    bytes_per_block = block_bytes(geometries, config.block_size, dtype)
+    num_blocks = _num_kv_blocks(config, loaded.max_model_len, bytes_per_block)
+    max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
+    cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
+    return BuiltModel(
+        runner=ModelRunner(
+            loaded.model, cache, device, plan_invariant_passes if batch_invariant else plan_passes
+        ),
+        num_kv_blocks=num_blocks,
+        max_model_len=max_model_len,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        batch_invariant=batch_invariant,
+    )
+
+
+def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[LayerGeometry]:
+    try:
+        return probe_geometries(loaded.model, loaded.num_layers, device)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
+    except Exception as error:
+        raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+
+
+def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: list[LayerGeometry]) -> bool:
+    """On a CPU in float32, packs the linear layers; says whether the batch-invariant passes are to be used.
+
+    Raises ConfigError when the mode was asked for and cannot be had.
+    """
+    if not config.may_be_batch_invariant:
+        return False
+    is_packed = cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0
+    if is_packed and all(g.key_dim == g.value_dim for g in geometries):
+        return config.batch_invariant is not False
+    if config.batch_invariant:
+        reason = "keys and values differ in size" if is_packed else "torch has no packed kernels for this CPU"
+        raise ConfigError("batch_invariant", f"cannot be had: {reason}")
+    return False
+
+
+def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int) -> int:
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    if config.kv_memory_bytes is not None:
+        num_blocks = config.kv_memory_bytes // bytes_per_block
+        if num_blocks == 0:
+            raise ConfigError("kv_memory_bytes", f"is less than one block of {bytes_per_block} bytes")
+        return num_blocks
+    num_wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+    return max(1, min(num_wanted, DEFAULT_KV_MEMORY_BYTES // bytes_per_block))
+
+
+def _fit_model_len(config: EngineConfig, max_model_len: int, num_kv_tokens: int) -> int:
+    """The longest sequence that the KV cache can hold alone; a length that was asked for must fit."""
+    if config.max_model_len is not None and config.max_model_len > num_kv_tokens:
+        raise ConfigError(
+            "max_model_len", f"{config.max_model_len} exceeds the KV cache's {num_kv_tokens} tokens"
+        )
+    return min(max_model_len, num_kv_tokens)
