@@ -8,14 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import BinaryIO
 
+from longshore import bundle
 from longshore.errors import ConfigError
 from longshore_server.config import CoreConfig
-
-_WHOLE_FILE_BYTES = 256 * 1024 * 1024
-_SAMPLE_BYTES = 1024 * 1024
-_NUM_SAMPLES = 64
 
 
 def check_model_folder(config: CoreConfig) -> None:
@@ -34,21 +30,13 @@ def check_model_folder(config: CoreConfig) -> None:
 
 
 def model_digest(config: CoreConfig) -> str:
-    """64 hexadecimal digits that name the weights and the tokenizer; equal folders give equal digests.
-
-    Files up to 256 MiB are hashed whole; of larger ones the size, the safetensors header and 64 evenly spread
-    samples of 1 MiB, so that a start never waits for a terabyte to be read.
-    """
-    folder = Path(config.model)
+    """64 hexadecimal digits that name weights and tokenizer, as a bundle of the same folder has them."""
+    if config.load_format != "random":
+        return bundle.model_digest(config.model, config.tokenizer_dir)
     digest = hashlib.sha256()
-    digest.update((folder / "config.json").read_bytes())
+    digest.update((Path(config.model) / "config.json").read_bytes())
     digest.update((config.tokenizer_dir / "tokenizer.json").read_bytes())
-    if config.load_format == "random":
-        digest.update(f"random weights of seed {config.seed}".encode())
-        return digest.hexdigest()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        _hash_weights(digest, path)
+    digest.update(f"random weights of seed {config.seed}".encode())
     return digest.hexdigest()
 
 
@@ -68,22 +56,3 @@ def _check_weights(folder: Path) -> None:
         raise ConfigError(
             f"model: {folder} has no .safetensors weights; --load-format random starts without any"
         )
-
-
-def _hash_weights(digest: hashlib._Hash, path: Path) -> None:
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        if size_bytes <= _WHOLE_FILE_BYTES:
-            while chunk := file.read(_SAMPLE_BYTES):
-                digest.update(chunk)
-            return
-        digest.update(_header(file))
-        for index in range(_NUM_SAMPLES):
-            file.seek((size_bytes - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-
-
-def _header(file: BinaryIO) -> bytes:
-    """The safetensors header, which names every tensor, its type and its shape."""
-    length_bytes = file.read(8)
-    return length_bytes + file.read(min(int.from_bytes(length_bytes, "little"), 100 * _SAMPLE_BYTES))

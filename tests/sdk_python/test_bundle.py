@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bundles import FILES, snapshot, write_plain
-from longshore import bundle as bundle_module
 from longshore.bundle import (
     check_runtime,
     install,
@@ -26,6 +25,7 @@ from longshore.bundle import (
     model_digest,
     rollback,
 )
+from longshore.bundle import store as store_module
 from longshore.errors import (
     BundleDamagedError,
     BundleError,
@@ -264,7 +264,7 @@ def _dies_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
     for owner, name in STEPS:
         monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
     # A dead process cleans nothing up.
-    monkeypatch.setattr(bundle_module.shutil, "rmtree", wrapped(bundle_module.shutil.rmtree))
+    monkeypatch.setattr(store_module.shutil, "rmtree", wrapped(store_module.shutil.rmtree))
     return lambda: calls
 
 
@@ -355,14 +355,34 @@ def test_runtime_versions_compare_by_number(source: Path, version: str, fits: bo
             check_runtime(manifest, version)
 
 
-def test_model_digest_names_the_weights(tmp_path: Path) -> None:
+def test_model_digest_names_weights_and_tokens(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no safetensors"):
         model_digest(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"one")
-    (tmp_path / "b.safetensors").write_bytes(b"two")
+    with pytest.raises(BundleError, match=r"config\.json"):
+        model_digest(tmp_path)
+    for name in ("config.json", "tokenizer.json", "b.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
     first = model_digest(tmp_path)
-    assert len(first) == 32 and model_digest(tmp_path) == first
-    (tmp_path / "config.json").write_text("{}")
+    assert len(first) == 64 and model_digest(tmp_path) == first
+    (tmp_path / "README.md").write_text("words")
     assert model_digest(tmp_path) == first, "other files do not count"
-    (tmp_path / "b.safetensors").write_bytes(b"twO")
-    assert model_digest(tmp_path) != first
+    seen = {first}
+    for name in ("config.json", "tokenizer.json", "a.safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes(b"[]x")
+        seen.add(model_digest(tmp_path))
+    assert len(seen) == 5
+
+
+def test_large_weights_are_sampled(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(300 * 1024 * 1024)  # sparse
+    first = model_digest(tmp_path)
+    for at in (0, 5, 300 * 1024 * 1024 - 1):
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+        assert model_digest(tmp_path) != first
+        first = model_digest(tmp_path)
