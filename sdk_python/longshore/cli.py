@@ -25,6 +25,7 @@ _EXTRAS = {
     "export": ("torch", "onnx", "onnxscript"),
 }
 _INTERRUPTED = 130
+_DEMO_STOP_S = 60.0
 
 Subparsers = Any  # argparse's own type is private
 
@@ -110,7 +111,11 @@ def _demo(options: argparse.Namespace) -> int:
     command += ["--keep"] if options.keep else []
     command += ["--seed", str(options.seed)] if options.seed is not None else []
     path = os.pathsep.join(part for part in (str(examples), os.environ.get("PYTHONPATH")) if part)
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as demo:
+        try:
+            return demo.wait()
+        except KeyboardInterrupt:  # the demo got it too, and stops the tiers that it started
+            return demo.wait(timeout=_DEMO_STOP_S)
 
 
 # -- version -----------------------------------------------------------------------------------

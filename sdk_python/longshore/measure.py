@@ -22,6 +22,7 @@ from longshore.errors import (
 from longshore.policy import TierView, prior_ttft_ms
 from longshore.wire import Tier
 
+_MIN_SLOWDOWN = 0.5
 _MAX_SLOWDOWN = 50.0
 _MAX_CROWDING = 2.0
 _SHORTEST_MS = 0.1
@@ -202,7 +203,8 @@ class TierMeter:
             share = (ttft_ms / max(alone_ms, _SHORTEST_MS) - 1) / ticket.num_ahead
             crowding = self._average(crowding, min(max(share, 0.0), _MAX_CROWDING))
         if ticket.basis_ms > 0:
-            slowdown = self._average(slowdown, min(ttft_ms / ticket.basis_ms, _MAX_SLOWDOWN))
+            ratio = min(max(ttft_ms / ticket.basis_ms, _MIN_SLOWDOWN), _MAX_SLOWDOWN)
+            slowdown = self._average(slowdown, ratio)
         self._averages = _Averages(alone_ms, crowding, slowdown, now_s)
         self._version += 1
 

@@ -19,6 +19,8 @@ _TOKENS_PER_IMAGE = 256
 _BYTES_PER_TOKEN = 4
 # A tier whose slow measurement was forgotten must come out clearly under the target, not at it.
 _OPTIMISM = 0.8
+# Between asking the device's process and its first step; calibration measures the steps alone.
+_DEVICE_OVERHEAD_MS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ def _ttft(
 ) -> tuple[float, float]:
     """The predicted time to first token, before and after the measured slowdown."""
     if view.prefill_tokens_per_s is not None:
-        own_ms = facts.num_prompt_tokens / max(view.prefill_tokens_per_s, 1e-3) * 1000
+        own_ms = _DEVICE_OVERHEAD_MS + facts.num_prompt_tokens / max(view.prefill_tokens_per_s, 1e-3) * 1000
         ahead = view.num_in_flight + view.num_queued  # the device answers one at a time
         basis_ms = own_ms + ahead * (own_ms + facts.answer_tokens * ms_per_token)
         slowdown = _faded(view.slowdown, 1.0, view.age_ms, settings)

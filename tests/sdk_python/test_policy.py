@@ -188,15 +188,15 @@ def test_requests_ahead_make_the_next_one_wait() -> None:
 
 def test_device_prediction_comes_from_its_calibration_and_its_queue() -> None:
     idle = TierView("device", "device", prefill_tokens_per_s=2000, ms_per_token=2)
-    assert candidate(idle).predicted_ttft_ms == pytest.approx(50)
+    assert candidate(idle).predicted_ttft_ms == pytest.approx(52)
     busy = replace(idle, num_in_flight=2)
-    assert candidate(busy).predicted_ttft_ms == pytest.approx(50 + 2 * (50 + 64 * 2))
-    assert candidate(replace(idle, slowdown=3.0)).predicted_ttft_ms == pytest.approx(150)
+    assert candidate(busy).predicted_ttft_ms == pytest.approx(52 + 2 * (52 + 64 * 2))
+    assert candidate(replace(idle, slowdown=3.0)).predicted_ttft_ms == pytest.approx(156)
 
 
 def test_reason_tells_the_live_figures() -> None:
     edge = TierView("edge", "e", ttft_ms=812)
-    device = TierView("device", "device", prefill_tokens_per_s=100_000 / 24, ms_per_token=2)
+    device = TierView("device", "device", prefill_tokens_per_s=100_000 / 22, ms_per_token=2)
     order = plan([edge, device], FACTS, "auto", SETTINGS).candidates
     assert [item.tier for item in order] == ["device", "edge"]
     assert order[0].reason == "edge predicted 812 ms > target 300 ms; device 24 ms"

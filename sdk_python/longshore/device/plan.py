@@ -11,11 +11,10 @@ from typing import Any
 
 from longshore.device.seeds import sub_seed
 from longshore.device.text import StudentText, check_text_only
-from longshore.errors import InvalidRequestError, OutOfRangeError, PromptTooLongError
-from longshore.wire import AnyRequest, ChatRequest, Continuation, FinishReason, Manifest, new_request_id
+from longshore.errors import InvalidRequestError, OutOfRangeError, PromptTooLongError, ResumeUnavailableError
+from longshore.wire import AnyRequest, ChatRequest, FinishReason, Manifest, new_request_id
 
 VOCAB_SIZE = "vocab_size"  # the manifest's capability that names it
-_MASK_64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +69,17 @@ def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Pla
     """Raises InvalidRequestError or a subclass, naming the field."""
     check_text_only(request)
     continuation = request.longshore.continue_from
-    is_same_model = continuation is not None and _is_ours(continuation, manifest)
+    is_same_model = continuation is not None and continuation.model_digest == manifest.model_digest
+    if continuation and not is_same_model and continuation.token_ids and not continuation.text:
+        raise ResumeUnavailableError(
+            "the answer was begun by another model: send its text to go on from", param="longshore.continue_from"
+        )
     answer_so_far = continuation.text if continuation and not is_same_model else ""
     generated = continuation.token_ids if continuation and is_same_model else ()
     prompts = text.prompts(request, answer_so_far)
     offset = len(continuation.token_ids) if continuation else 0
     _check(request, manifest, prompts, generated)
-    seed = (secrets.randbits(64) if request.seed is None else request.seed) & _MASK_64
+    seed = secrets.randbits(63) if request.seed is None else request.seed
     choices = []
     for number, prompt in enumerate(prompts):
         room = manifest.kv.max_tokens - len(prompt)
@@ -89,7 +92,7 @@ def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Pla
                     prompt=prompt,
                     generated=generated,
                     max_tokens=min(limit, room),
-                    seed=sub_seed(seed, index),
+                    seed=sub_seed(seed, copy),
                     offset=offset,
                     byte_offset=len(answer_so_far.encode()),
                 )
@@ -99,21 +102,14 @@ def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Pla
         choices=tuple(choices),
         stop_strings=request.stop_strings,
         stop_token_ids=() if request.ignore_eos else manifest.eos_token_ids,
-        sampling=_sampling(request),
+        sampling=_sampling(request, min_tokens=max(request.min_tokens - offset + len(generated), 0)),
         segment=continuation.segment if continuation else 0,
         resumed=continuation is not None,
         num_prompt_tokens=sum(map(len, prompts)),
     )
 
 
-def _is_ours(continuation: Continuation, manifest: Manifest) -> bool:
-    """True if the token ids so far are this model's; without digest and text they are taken to be."""
-    if continuation.model_digest is None:
-        return not continuation.text
-    return continuation.model_digest == manifest.model_digest
-
-
-def _sampling(request: AnyRequest) -> dict[str, Any]:
+def _sampling(request: AnyRequest, min_tokens: int) -> dict[str, Any]:
     return {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -124,7 +120,7 @@ def _sampling(request: AnyRequest) -> dict[str, Any]:
         "repetition_penalty": request.repetition_penalty,
         "logit_bias": {int(key): value for key, value in (request.logit_bias or {}).items()},
         "num_logprobs": request.num_logprobs,
-        "min_tokens": request.min_tokens,
+        "min_tokens": min_tokens,
     }
 
 

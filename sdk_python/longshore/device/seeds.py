@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 _MASK_64 = (1 << 64) - 1
 _MASK_32 = 0xFFFFFFFF
 
@@ -21,5 +23,8 @@ def splitmix64(value: int) -> int:
 
 
 def sub_seed(seed: int, index: int) -> int:
-    """The seed of the `index`-th of several answers to one request; index 0 keeps the seed."""
-    return seed if index == 0 else splitmix64(seed ^ splitmix64(index))
+    """The seed of choice number `index`: the request's own for the first, else one derived from it."""
+    if index == 0:
+        return seed & _MASK_64
+    digest = hashlib.sha256(f"{seed & _MASK_64}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
