@@ -32,14 +32,14 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the edge until it is told to stop; returns the exit code. Raises ConfigError."""
-    try:
-        from longshore_edge.server import serve
-    except ImportError as error:
-        raise ConfigError(f"the edge needs longshore[edge]: {error}") from None
     config = effective_config(args)
     if args.print_config:
         print(json.dumps(config.masked(), indent=2))
         return 0
+    try:
+        from longshore_edge.server import serve
+    except ImportError as error:
+        raise ConfigError(f"the edge needs longshore[edge]: {error}") from None
     return serve(config)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import ipaddress
 import json
 import tomllib
+import types
 import typing
 from collections import Counter
 from collections.abc import Mapping
@@ -227,7 +228,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _parse(variable: str, text: str, hint: Any) -> Any:
     """Text settings as they stand, everything else as JSON."""
-    if str in (hint, *typing.get_args(hint)) or typing.get_origin(hint) is Literal:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if hint is str or typing.get_origin(hint) is Literal or (is_union and str in typing.get_args(hint)):
         return text
     try:
         return json.loads(text)

@@ -137,7 +137,7 @@ class Lease:
 
     def first_token(self, ttft_s: float | None = None) -> None:
         """The first token came; `ttft_s` where it was measured elsewhere, else the time since sending."""
-        if self.ttft_s is not None:
+        if self.ttft_s is not None or not self._is_open:
             return
         now_s = self.clock()
         self.ttft_s = now_s - self.sent_s if ttft_s is None else ttft_s
