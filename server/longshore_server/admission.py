@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from longshore.errors import OverloadedError, QueueFullError, RateLimitedError
 from longshore.wire import LANES, Lane
@@ -33,6 +34,14 @@ class _Waiter:
     turn: asyncio.Future[None] = field(compare=False)
 
 
+class Peers(Protocol):
+    """What the other workers of this core have in flight."""
+
+    def count(self, tenant: str) -> int: ...
+
+    def add(self, tenant: str, change: int) -> None: ...
+
+
 class Admission:
     """Hands out `max_running` slots, one per choice, best lane first and then first come, first served.
 
@@ -46,12 +55,14 @@ class Admission:
         max_running: int,
         max_waiting: int,
         max_per_tenant: int,
+        peers: Peers | None = None,
         on_waiting: Callable[[int], None] = lambda num_waiting: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_per_tenant = max_per_tenant
+        self._peers = peers
         self._on_waiting = on_waiting
         self._clock = clock
         self._num_running = 0
@@ -101,18 +112,23 @@ class Admission:
             self._leave(tenant)
 
     def _enter(self, tenant: str) -> None:
-        num_in_flight = self._num_of_tenant.get(tenant, 0)
+        num_here = self._num_of_tenant.get(tenant, 0)
+        num_in_flight = num_here + (self._peers.count(tenant) if self._peers is not None else 0)
         if num_in_flight >= self._max_per_tenant:
             raise RateLimitedError(
                 f"{num_in_flight} requests of this key are in flight; it may have {self._max_per_tenant}",
                 retry_after_s=self.retry_after_s(),
             )
-        self._num_of_tenant[tenant] = num_in_flight + 1
+        self._num_of_tenant[tenant] = num_here + 1
+        if self._peers is not None:
+            self._peers.add(tenant, 1)
 
     def _leave(self, tenant: str) -> None:
         self._num_of_tenant[tenant] -= 1
         if not self._num_of_tenant[tenant]:
             del self._num_of_tenant[tenant]
+        if self._peers is not None:
+            self._peers.add(tenant, -1)
 
     async def _turn(self, lane: Lane, num_slots: int) -> None:
         if not self._line and self._num_running + num_slots <= self._max_running:

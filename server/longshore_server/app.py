@@ -68,6 +68,7 @@ async def _start_engine(parts: Parts, text: ModelText) -> None:
         logger.exception("the engine could not be started")  # /readyz stays false
         return
     parts.service = AnswerService(parts.config, parts.engine, text, parts.metrics)
+    parts.has_started.set()
 
 
 def _handed_over() -> tuple[CoreConfig, Engine]:

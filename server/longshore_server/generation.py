@@ -28,7 +28,9 @@ from longshore_server.choice import Choice
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine, EngineToken, GenerateJob
 from longshore_server.event_buffer import EventBuffer
+from longshore_server.peer_counts import PeerCounts
 from longshore_server.planning import Plan, Planner
+from longshore_server.telemetry import shared
 from longshore_server.telemetry.metrics import Metrics
 from longshore_server.text import ModelText
 
@@ -62,7 +64,10 @@ class AnswerService:
         self.admission = Admission(
             max_running=max(min(2 * config.max_num_seqs, places_in_engine), 1),
             max_waiting=-(-config.max_waiting // config.workers),
-            max_per_tenant=-(-config.max_in_flight_per_tenant // config.workers),
+            max_per_tenant=config.max_in_flight_per_tenant,
+            peers=PeerCounts(folder)
+            if (folder := shared.folder_of_workers()) and config.workers > 1
+            else None,
             on_waiting=metrics.admission_waiting,
             clock=clock,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends
@@ -15,6 +17,8 @@ from longshore_server.engines.base import Engine
 from longshore_server.generation import AnswerService
 from longshore_server.telemetry.metrics import Metrics
 
+_START_WAIT_S = 1.0  # covers a worker that is a moment behind its siblings; a model that loads takes longer
+
 
 @dataclass(slots=True)
 class Parts:
@@ -26,6 +30,7 @@ class Parts:
     metrics: Metrics
     service: AnswerService | None = None
     is_draining: bool = False
+    has_started: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def parts_of(connection: HTTPConnection) -> Parts:
@@ -47,11 +52,14 @@ def protected_router() -> APIRouter:
     return APIRouter(dependencies=[Depends(caller_of)])
 
 
-def service_of(connection: HTTPConnection) -> AnswerService:
+async def service_of(connection: HTTPConnection) -> AnswerService:
     """The service that answers; raises UnavailableError while the engine starts and while the core drains."""
     parts = parts_of(connection)
     if parts.is_draining:
         raise UnavailableError("this core is shutting down", retry_after_s=parts.config.drain_timeout_s)
+    if parts.service is None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(parts.has_started.wait(), _START_WAIT_S)
     if parts.service is None:
         raise UnavailableError("the engine is starting", retry_after_s=2.0)
     return parts.service

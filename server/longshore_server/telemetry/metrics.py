@@ -6,9 +6,7 @@ PROMETHEUS_MULTIPROC_DIR names, and any of them exports the sum.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,8 +15,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from longshore.errors import InternalError, LongshoreError
 from longshore_server.engines.base import EngineStats
+from longshore_server.telemetry import shared
 from longshore_server.telemetry.probes import GpuProbe, HostProbe
-from longshore_server.telemetry.shared import MULTIPROCESS_VARIABLE, forget_dead_workers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length")
@@ -80,10 +78,10 @@ class Metrics:
         self._model_name = model_name
         self._gpus = gpus
         self._host = host
-        folder = os.environ.get(MULTIPROCESS_VARIABLE)
-        self._is_shared = bool(folder)
-        if folder:
-            forget_dead_workers(Path(folder))
+        folder = shared.folder_of_workers()
+        self._is_shared = folder is not None
+        if folder is not None:
+            shared.forget_dead_workers(folder)
         self._registry = CollectorRegistry()
         self.ttft_s = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
         self.inter_token_s = self._histogram(

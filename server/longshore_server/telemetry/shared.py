@@ -1,10 +1,11 @@
-"""Where the HTTP workers of one core keep their metrics, so that any of them can export the sum.
+"""The folder in which the HTTP workers of one core keep their metrics, so that any can export the sum.
 
 prometheus_client reads the folder's name from the environment when it is imported; nothing here imports it.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,12 @@ def prepare(folder: Path) -> dict[str, str]:
     metrics = folder / "metrics"
     metrics.mkdir(mode=0o700, exist_ok=True)
     return {MULTIPROCESS_VARIABLE: str(metrics)}
+
+
+def folder_of_workers() -> Path | None:
+    """The folder that this worker shares with its siblings, if a supervisor made one."""
+    folder = os.environ.get(MULTIPROCESS_VARIABLE)
+    return Path(folder) if folder else None
 
 
 def forget_dead_workers(metrics: Path) -> None:

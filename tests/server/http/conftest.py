@@ -48,7 +48,7 @@ def _key_table(tenant: str, key: str, **more: Any) -> str:
     return "\n".join(["[[keys]]", f'tenant = "{tenant}"', f'key_sha256 = "{digest}"', *lines, ""])
 
 
-def _settings(core: Core) -> str:
+def settings(core: Core) -> str:
     return f"""\
 model = {json.dumps(str(core.model_dir))}
 served_model_name = "{MODEL}"
@@ -94,7 +94,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Core]:
     model_dir = make_model(folder / "model")
     config = folder / "core.toml"
     edge_key = PrivateKey.generate()
-    config.write_text(_settings(Core("", model_dir, edge_key)))
+    config.write_text(settings(Core("", model_dir, edge_key)))
     environment = {"OMP_NUM_THREADS": "1"}
     with TierProcess(["serve", "--config", str(config)], environment=environment) as process:
         yield Core(process.url, model_dir, edge_key)

@@ -1,0 +1,66 @@
+"""Two HTTP workers on one port: metrics are sums, and a tenant's limit holds over both."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+
+import httpx2
+import pytest
+
+from longshore.signing import PrivateKey
+from longshore.tier_process import TierProcess
+
+from .conftest import MAX_IN_FLIGHT, Core, chat, long_chat, metric, settings
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def two_workers(core: Core, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Core]:
+    config = tmp_path_factory.mktemp("two") / "core.toml"
+    edge_key = PrivateKey.generate()
+    config.write_text("workers = 2\n" + settings(Core("", core.model_dir, edge_key)))
+    with TierProcess(["serve", "--config", str(config)], environment={"OMP_NUM_THREADS": "1"}) as process:
+        _wait_until_all_are_ready(process.url)
+        yield Core(process.url, core.model_dir, edge_key)
+
+
+def _wait_until_all_are_ready(url: str) -> None:
+    """The core is ready once one worker is; here both must be."""
+    num_ready, end_s = 0, time.monotonic() + 60
+    while num_ready < 20:
+        assert time.monotonic() < end_s
+        is_ready = httpx2.get(url + "/readyz").status_code == 200  # a new connection each time
+        num_ready = num_ready + 1 if is_ready else 0
+
+
+async def test_metrics_are_the_sum_over_workers(two_workers: Core) -> None:
+    for _ in range(12):  # a connection each, so that both workers get some
+        async with httpx2.AsyncClient(base_url=two_workers.url, headers=two_workers.headers) as http:
+            assert (await http.post(CHAT, json=chat(max_tokens=2))).status_code == 200
+    for _ in range(6):
+        async with httpx2.AsyncClient(base_url=two_workers.url, headers=two_workers.headers) as http:
+            assert await metric(http, "vllm:e2e_request_latency_seconds_count") == 12
+            assert await metric(http, "vllm:generation_tokens_total") == 24
+            text = (await http.get("/metrics")).text
+    names = re.findall(r"^(\S+) ", text, re.M)
+    series = [name for name in names if not name.startswith("#")]
+    assert len(series) == len(set(series)), "a series is exported twice"
+
+
+async def test_a_tenants_limit_holds_over_both_workers(two_workers: Core) -> None:
+    statuses = []
+    async with AsyncExitStack() as stack:
+        for _ in range(2 * MAX_IN_FLIGHT):
+            http = await stack.enter_async_context(
+                httpx2.AsyncClient(base_url=two_workers.url, headers=two_workers.headers, timeout=30)
+            )
+            response = await stack.enter_async_context(http.stream("POST", CHAT, json=long_chat(stream=True)))
+            statuses.append(response.status_code)
+            await asyncio.sleep(0)
+    assert statuses.count(200) == MAX_IN_FLIGHT
+    assert statuses.count(429) == MAX_IN_FLIGHT
