@@ -32,12 +32,12 @@ class AnswerWriter:
     text: StudentText
     model_digest: str
 
-    def token(self, choice: ChoicePlan, detokenizer: IncrementalText, frame: Frame) -> TokenEvent:
-        """The event of one token; a stop token has a mark and no text."""
+    def token(self, choice: ChoicePlan, detokenizer: IncrementalText, frame: Frame) -> TokenEvent | None:
+        """The event of one token; None for a stop token, which ends the answer and is not in it."""
+        if frame.get("ending") == "stop":
+            return None
         token_id = frame["token_id"]
-        byte_offset, text = detokenizer.num_bytes, ""
-        if frame.get("ending") != "stop":
-            text, byte_offset, _ = detokenizer.push(token_id)
+        text, byte_offset, _ = detokenizer.push(token_id)
         mark = TokenMark(
             segment=self.plan.segment,
             offset=choice.offset + frame["offset"] - len(choice.generated),
@@ -54,7 +54,8 @@ class AnswerWriter:
         """The end of a choice, with usage and report where it is the last."""
         if choice is not self.plan.choices[-1]:
             return FinishEvent(reason, choice.index, rest)
-        usage = usage_of(self.plan.num_prompt_tokens, call.num_tokens, call.num_cached)
+        num_tokens = self.plan.choices[0].offset + call.num_tokens  # of the whole answer, wherever it began
+        usage = usage_of(self.plan.num_prompt_tokens, num_tokens, call.num_cached)
         return FinishEvent(reason, choice.index, rest, usage, self._report(call))
 
     def _report(self, call: Call) -> Report:

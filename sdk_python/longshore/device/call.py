@@ -31,10 +31,9 @@ class Call:
         """The job that works for this call now."""
         self._process, self._channel = process, channel
 
-    def count(self, num_cached: int) -> None:
-        """One token came, the choice's first with the prompt tokens that the cache held."""
+    def count_token(self) -> None:
+        """One more token came."""
         self.num_tokens += 1
-        self.num_cached += num_cached
         self.first_token_s = self.first_token_s or time.monotonic()
 
     def cancel(self) -> None:

@@ -6,13 +6,14 @@ Pure functions of request, manifest and text; refuses what this model can't do. 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from longshore.device.seeds import sub_seed
 from longshore.device.text import StudentText, check_text_only
 from longshore.errors import InvalidRequestError, OutOfRangeError, PromptTooLongError, ResumeUnavailableError
-from longshore.wire import AnyRequest, ChatRequest, FinishReason, Manifest, new_request_id
+from longshore.wire import AnyRequest, ChatRequest, Continuation, FinishReason, Manifest, new_request_id
 
 VOCAB_SIZE = "vocab_size"  # the manifest's capability that names it
 
@@ -65,48 +66,65 @@ class Plan:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Seam:
+    """Where this model takes over: `offset` tokens and the text of others, or `token_ids` of its own."""
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    offset: int = 0
+
+
 def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Plan:
-    """Raises InvalidRequestError or a subclass, naming the field."""
+    """Raises InvalidRequestError or a subclass, or ResumeUnavailableError, naming the field."""
     check_text_only(request)
     continuation = request.longshore.continue_from
-    is_same_model = continuation is not None and continuation.model_digest == manifest.model_digest
-    if continuation and not is_same_model and continuation.token_ids and not continuation.text:
-        raise ResumeUnavailableError(
-            "the answer was begun by another model: send its text to go on from", param="longshore.continue_from"
-        )
-    answer_so_far = continuation.text if continuation and not is_same_model else ""
-    generated = continuation.token_ids if continuation and is_same_model else ()
-    prompts = text.prompts(request, answer_so_far)
-    offset = len(continuation.token_ids) if continuation else 0
-    _check(request, manifest, prompts, generated)
-    seed = secrets.randbits(63) if request.seed is None else request.seed
-    choices = []
-    for number, prompt in enumerate(prompts):
-        room = manifest.kv.max_tokens - len(prompt)
-        limit = room if request.token_limit is None else request.token_limit - (offset - len(generated))
-        for copy in range(request.n):
-            index = number * request.n + copy
-            choices.append(
-                ChoicePlan(
-                    index=index,
-                    prompt=prompt,
-                    generated=generated,
-                    max_tokens=min(limit, room),
-                    seed=sub_seed(seed, copy),
-                    offset=offset,
-                    byte_offset=len(answer_so_far.encode()),
-                )
-            )
+    seam = _seam(continuation, manifest.model_digest)
+    prompts = text.prompts(request, seam.text)
+    _check(request, manifest, prompts, seam.token_ids)
     return Plan(
         request_id=request.longshore.request_id or new_request_id(),
-        choices=tuple(choices),
+        choices=tuple(_choices(request, manifest.kv.max_tokens, prompts, seam)),
         stop_strings=request.stop_strings,
         stop_token_ids=() if request.ignore_eos else manifest.eos_token_ids,
-        sampling=_sampling(request, min_tokens=max(request.min_tokens - offset + len(generated), 0)),
+        sampling=_sampling(request, min_tokens=max(request.min_tokens - seam.offset, 0)),
         segment=continuation.segment if continuation else 0,
         resumed=continuation is not None,
         num_prompt_tokens=sum(map(len, prompts)),
     )
+
+
+def _seam(continuation: Continuation | None, model_digest: str) -> _Seam:
+    if continuation is None:
+        return _Seam()
+    if continuation.model_digest == model_digest:
+        return _Seam(continuation.token_ids)
+    if continuation.token_ids and not continuation.text:
+        raise ResumeUnavailableError(
+            "the answer was begun by another model: send its text to go on from",
+            param="longshore.continue_from",
+        )
+    return _Seam((), continuation.text, len(continuation.token_ids))
+
+
+def _choices(
+    request: AnyRequest, context_tokens: int, prompts: list[tuple[int, ...]], seam: _Seam
+) -> Iterator[ChoicePlan]:
+    """`n` of each prompt, told apart by their seeds."""
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    for number, prompt in enumerate(prompts):
+        room = context_tokens - len(prompt)
+        limit = room if request.token_limit is None else request.token_limit - seam.offset
+        for copy in range(request.n):
+            yield ChoicePlan(
+                index=number * request.n + copy,
+                prompt=prompt,
+                generated=seam.token_ids,
+                max_tokens=min(limit, room),
+                seed=sub_seed(seed, copy),
+                offset=seam.offset + len(seam.token_ids),
+                byte_offset=len(seam.text.encode()),
+            )
 
 
 def _sampling(request: AnyRequest, min_tokens: int) -> dict[str, Any]:

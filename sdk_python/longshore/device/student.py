@@ -191,18 +191,16 @@ class Student:
     ) -> Generator[AnswerEvent, None, FinishReason]:
         """The tokens of one choice as events; gives why they ended."""
         process, channel = self._submit(call, writer, choice)
-        is_first = True
         while True:
             frame = call.next_frame(process, channel)
             event = writer.token(choice, detokenizer, frame)
-            call.count(frame.get("num_cached", 0) if is_first else 0)
-            is_first = False
-            yield event
-            if detokenizer.stopped:
-                call.end(self._settings.cancel_grace_s)
-                return "stop"
-            if "ending" in frame:
-                return cast(FinishReason, frame["ending"])
+            if event is not None:
+                call.count_token()
+                yield event
+            if detokenizer.stopped or "ending" in frame:
+                call.num_cached += frame.get("num_cached", 0)
+                call.end(self._settings.cancel_grace_s)  # after a stop string it would go on
+                return "stop" if detokenizer.stopped else cast(FinishReason, frame["ending"])
 
     def _submit(self, call: Call, writer: AnswerWriter, choice: ChoicePlan) -> tuple[ModelProcess, Channel]:
         """Hand the choice to the model process, which is started again where it had died."""

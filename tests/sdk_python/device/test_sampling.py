@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from longshore.device import randomness, seeds
 from longshore.device.sampling import Sampler, SamplingSettings
+from longshore_server.choice import sub_seed as core_sub_seed
 from longshore_server.native import randomness as core_randomness
 from longshore_server.native.sampler import sample as core_sample
 from longshore_server.native.sampling_params import SamplingParams
@@ -25,7 +26,11 @@ POSITIONS = st.integers(0, 2**20)
 @given(SEEDS, POSITIONS)
 def test_keys_are_the_cores(seed: int, position: int) -> None:
     assert seeds.row_keys(seed, position) == core_randomness.row_keys(seed, position)
-    assert seeds.sub_seed(seed, position) == core_randomness.sub_seed(seed, position)
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 16))
+def test_seeds_of_choices_are_the_cores(seed: int, index: int) -> None:
+    assert seeds.sub_seed(seed, index) == core_sub_seed(seed, index)
 
 
 @given(SEEDS, POSITIONS)
