@@ -50,6 +50,8 @@ def commands() -> list[Command]:
     for line in "".join(fences("console")).splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
+        elif found[-1][0].endswith("\\"):
+            found[-1] = (found[-1][0] + "\n" + line, [])
         else:
             found[-1][1].append(line)
     return [Command(text, tuple(shown)) for text, shown in found]
