@@ -20,7 +20,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     END,
     *PREFIX.values(),
     "<|image|>",
-    *(f"<|reserved_{i}|>" for i in range(10)),
+    *(f"<|reserved_{i}|>" for i in range(24)),
 )
 INSTRUCTION = "You answer questions about this product sheet."
 

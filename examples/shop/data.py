@@ -1,4 +1,4 @@
-"""Training text: many-turn chats about one sheet, and the shards of token ids made of them.
+"""Training text: many-turn chats about one sheet, and the shards of token ids made of them (`python -m shop.data`).
 
 Shards are written by separate processes that never import torch; a shard depends on its number alone, so that
 any run sees the same data. Never used to evaluate.
@@ -6,9 +6,12 @@ any run sees the same data. Never used to evaluate.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -22,17 +25,28 @@ if TYPE_CHECKING:
     import numpy as np
 
 KIND_WEIGHTS: dict[Kind, float] = {
-    "price": 0.18, "colour": 0.18, "stock": 0.18, "cheaper": 0.18, "reverse": 0.22, "list": 0.06,
+    "price": 0.18, "colour": 0.18, "stock": 0.18, "cheaper": 0.18, "reverse": 0.23, "list": 0.05,
 }  # fmt: skip
 SMALLEST_SHEET, LARGEST_SHEET = 2, 8
-SHARDS_PER_ITEM = 2
-"""The curriculum: the first shards hold sheets of at most 3 items, and each second shard allows one more."""
 TOKENS_PER_TURN = 22  # a low guess: a row that turns out longer is cut to length
 ROWS_PER_DRAW = 64
 
 
-def max_items(shard: int) -> int:
-    return min(LARGEST_SHEET, SMALLEST_SHEET + 1 + shard // SHARDS_PER_ITEM)
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """Sheets of at most 3 items for `easy_shards`, then one item more every `shards_per_item` shards."""
+
+    easy_shards: int = 6
+    shards_per_item: int = 2
+
+    def max_items(self, shard: int) -> int:
+        past_easy = max(0, shard - self.easy_shards + self.shards_per_item) // self.shards_per_item
+        return min(LARGEST_SHEET, SMALLEST_SHEET + 1 + past_easy)
+
+    @classmethod
+    def of(cls, folder: Path) -> Curriculum:
+        """The curriculum that the shards in `folder` were written by."""
+        return cls(**json.loads((folder / "curriculum.json").read_text(encoding="utf-8")))
 
 
 def turns(rng: Random, sheet: Sheet, num_turns: int) -> Iterator[str]:
@@ -69,21 +83,23 @@ def _rows(rng: Random, tokenizer: Any, num_rows: int, row_tokens: int, largest: 
         num_rows -= len(full)
 
 
-def make_shard(shard: int, num_rows: int, row_tokens: int, tokenizer_file: Path, seed: int = 0) -> np.ndarray:
+def make_shard(shard: int, num_rows: int, row_tokens: int, tokenizer_file: Path, largest: int) -> np.ndarray:
     """int16 [num_rows, row_tokens]; every row is full, so training needs no padding."""
     import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    rng = split_rng("train", seed * 1_000_000 + shard)
-    return np.array(list(_rows(rng, tokenizer, num_rows, row_tokens, max_items(shard))), dtype=np.int16)
+    rng = split_rng("train", shard)
+    return np.array(list(_rows(rng, tokenizer, num_rows, row_tokens, largest)), dtype=np.int16)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard_{shard:04d}.npy"
 
 
-def _write_shard(folder: Path, shard: int, num_rows: int, row_tokens: int, tokenizer_file: Path) -> None:
+def _write_shard(
+    folder: Path, shard: int, num_rows: int, row_tokens: int, tokenizer_file: Path, largest: int
+) -> None:
     import numpy as np
 
     done = shard_path(folder, shard)
@@ -91,20 +107,48 @@ def _write_shard(folder: Path, shard: int, num_rows: int, row_tokens: int, token
         return
     part = done.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
-        np.save(file, make_shard(shard, num_rows, row_tokens, tokenizer_file))
+        np.save(file, make_shard(shard, num_rows, row_tokens, tokenizer_file, largest))
     part.rename(done)  # a reader sees a whole shard or none
 
 
 def write_shards(
-    folder: Path, num_shards: int, num_rows: int, row_tokens: int, tokenizer_file: Path, num_processes: int
+    folder: Path,
+    num_shards: int,
+    num_rows: int,
+    row_tokens: int,
+    curriculum: Curriculum,
+    tokenizer_file: Path,
+    num_processes: int,
 ) -> None:
     """Write all shards, in order, with `num_processes` spawned processes; returns when the last one is there."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "curriculum.json").write_text(json.dumps(asdict(curriculum)) + "\n", encoding="utf-8")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(_write_shard, folder, shard, num_rows, row_tokens, tokenizer_file)
+            pool.submit(
+                _write_shard, folder, shard, num_rows, row_tokens, tokenizer_file, curriculum.max_items(shard)
+            )
             for shard in range(num_shards)
         ]
         for job in jobs:
             job.result()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="shop.data", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--num-shards", type=int, default=32)
+    parser.add_argument("--shard-rows", type=int, default=8192)
+    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--easy-shards", type=int, default=6)
+    parser.add_argument("--shards-per-item", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1)
+    a = parser.parse_args(argv)
+    curriculum = Curriculum(a.easy_shards, a.shards_per_item)
+    tokenizer_file = Path(__file__).parent / "tokenizer" / "tokenizer.json"
+    write_shards(a.data, a.num_shards, a.shard_rows, a.row_tokens, curriculum, tokenizer_file, a.processes)
+
+
+if __name__ == "__main__":
+    main()

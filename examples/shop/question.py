@@ -93,17 +93,13 @@ def _reverse(rng: Random, sheet: Sheet) -> Question:
     item = rng.choice(sheet.items)
     asks = ("Which item costs ${}?", "What can I buy for exactly ${}?", "Name the item with the price ${}.")
     return _question(
-        "reverse", rng.choice(asks).format(item.price), f"The item for ${item.price} is the {item.name}."
+        "reverse", rng.choice(asks).format(item.price), f"The ${item.price} item is the {item.name}."
     )
-
-
-def _describe(item: Item) -> str:
-    return f"the {item.name} is {item.colour}, costs ${item.price} and has {item.stock} in stock"
 
 
 def _list(rng: Random, sheet: Sheet) -> Question:
     asks = ("List every item on the sheet.", "What is on the sheet?", "Read me the whole sheet.")
-    return _question("list", rng.choice(asks), f"On the sheet {'; '.join(map(_describe, sheet.items))}.")
+    return _question("list", rng.choice(asks), " ".join(item.line for item in sheet.items))
 
 
 _MAKERS: dict[Kind, Callable[[Random, Sheet], Question]] = {

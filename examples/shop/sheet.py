@@ -24,8 +24,8 @@ COLOURS: tuple[str, ...] = tuple(
     "red blue green yellow black white brown grey pink purple orange silver gold beige teal navy".split()
 )
 MIN_ITEMS, MAX_ITEMS = 1, 16
-MIN_PRICE, MAX_PRICE = 2, 99
-MIN_STOCK, MAX_STOCK = 1, 99
+MIN_PRICE, MAX_PRICE = 2, 60
+MIN_STOCK, MAX_STOCK = 1, 40
 HELDOUT_ONE_IN = 16
 """One sheet in sixteen, chosen by its hash, is held out; no training sheet can repeat it."""
 
@@ -41,7 +41,7 @@ class Item:
 
     @property
     def line(self) -> str:
-        return f"- {self.name}: {self.colour}, ${self.price}, {self.stock} in stock"
+        return f"The {self.name} is {self.colour}. The {self.name} costs ${self.price}. The {self.name} has {self.stock} in stock."
 
 
 @dataclass(frozen=True)

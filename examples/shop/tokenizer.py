@@ -9,16 +9,18 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from shop.chat import CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS, prefix_suffix_table
 from shop.data import chat_text
-from shop.sheet import COLOURS, MAX_STOCK, NAMES, split_rng
+from shop.sheet import COLOURS, MAX_PRICE, MAX_STOCK, NAMES, split_rng
 
 VOCAB_SIZE = 1024
 MAX_MODEL_TOKENS = 1024
 FOLDER = Path(__file__).parent / "tokenizer"
 NUM_TRAINING_CHATS = 3_000
+WORDS = r" ?\p{L}+| ?\$?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+"""A price such as " $12" is one word; whatever the pattern, no text is lost."""
 GENERAL_TEXT = (
     "Hello! Hi, how are you? Thank you, please. I am sorry, but I do not know the answer to this question. "
     "The sheet does not list it. Can you help me with something else? Yes, of course. No, not today. "
@@ -39,7 +41,7 @@ def _corpus() -> Iterator[str]:
         yield chat_text(rng, rng.randint(2, 8), 12)
     # Whole words, in the form in which they occur, until each is worth a token.
     words = " ".join((*NAMES, *COLOURS))
-    numbers = " ".join(f"{n} ${n}" for n in range(MAX_STOCK + 1))
+    numbers = " ".join(f"{n} ${n}" for n in range(max(MAX_PRICE, MAX_STOCK) + 1))
     for _ in range(NUM_TRAINING_CHATS // 3):
         yield f" {words} {numbers}"
     for _ in range(NUM_TRAINING_CHATS // 50):
@@ -49,7 +51,12 @@ def _corpus() -> Iterator[str]:
 def train_tokenizer() -> Tokenizer:
     """Deterministic: the same corpus, hence the same merges, on every machine."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
