@@ -192,6 +192,9 @@ class CoreStream:
         return b"".join(out)
 
     def _examine_frame(self, frame: bytes) -> bytes:
+        if frames.is_plain(frame):
+            self._begin()
+            return frame
         events = SseDecoder().feed(frame)
         if not events:
             return frame

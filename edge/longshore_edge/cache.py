@@ -78,6 +78,29 @@ def answer_key(tenant: str, model_digest: str, request: AnyRequest) -> bytes:
     return hashlib.sha256(dump_json([1, tenant, model_digest, kind, encode(bare)])).digest()
 
 
+class KeyMemo:
+    """Keys already made, by the request object itself: equal small bodies share one (see app.parse_request).
+
+    Holds the request with its key, so that its identity can't pass to another.
+    """
+
+    def __init__(self, max_entries: int = 512) -> None:
+        self._max_entries = max_entries
+        self._made: OrderedDict[tuple[int, str, str], tuple[AnyRequest, bytes]] = OrderedDict()
+
+    def key_of(self, tenant: str, model_digest: str, request: AnyRequest) -> bytes:
+        """`answer_key`, from memory where it was made before."""
+        place = (id(request), tenant, model_digest)
+        made = self._made.get(place)
+        if made is not None:
+            return made[1]
+        key = answer_key(tenant, model_digest, request)
+        self._made[place] = (request, key)
+        if len(self._made) > self._max_entries:
+            self._made.popitem(last=False)
+        return key
+
+
 class MemoryLru:
     """Least recently used entries out first, once their bytes are over `max_bytes`."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longshore.errors import (
     DeadlineExceededError,
@@ -20,7 +20,7 @@ from longshore.errors import (
 )
 from longshore_edge import retry, stored
 from longshore_edge.answers import Answer, CoreStream, StreamAnswer, WholeAnswer, complete_whole
-from longshore_edge.cache import AnswerCache, Entry, SingleFlight, answer_key, is_deterministic
+from longshore_edge.cache import AnswerCache, Entry, KeyMemo, SingleFlight, is_deterministic
 from longshore_edge.call import Call, hop
 from longshore_edge.config import EdgeConfig
 from longshore_edge.cores import Core, Fleet, Lease
@@ -45,6 +45,7 @@ class Relay:
     budget: RetryBudget
     metrics: Metrics
     clock: Callable[[], float]
+    keys: KeyMemo = field(default_factory=KeyMemo)
 
     def open_from_memory(self, call: Call) -> Answer | None:
         """The cached answer if it is at hand; never waits."""
@@ -89,7 +90,7 @@ class Relay:
         digest = self.fleet.digest_of(call.request.model)
         if digest is None or not (is_deterministic(call.request) or self.config.cache_sampled == "always"):
             return None
-        return answer_key(call.client.tenant, digest, call.request)
+        return self.keys.key_of(call.client.tenant, digest, call.request)
 
     def _last_resort_key(self, call: Call) -> bytes | None:
         digest = self.fleet.digest_of(call.request.model)
@@ -97,7 +98,7 @@ class Relay:
             return None
         if not is_deterministic(call.request) and self.config.cache_sampled == "never":
             return None
-        return answer_key(call.client.tenant, digest, call.request)
+        return self.keys.key_of(call.client.tenant, digest, call.request)
 
     def _replay(self, call: Call, entry: Entry, what: str) -> Answer:
         self.metrics.count("longshore:edge_cache_total", "hit")
