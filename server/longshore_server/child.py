@@ -8,6 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longshore_server.status_pipe import read_status
 
 _STATUS_LINE_BYTES = 64 * 1024
 
@@ -15,8 +18,7 @@ _STATUS_LINE_BYTES = 64 * 1024
 class Child:
     """A Python module run as a process that lives no longer than this one.
 
-    Its standard input is its lifeline; its standard output is read through `lines` where `tells` is set, and
-    goes to standard error where it is not.
+    Its standard input is its lifeline; its standard output holds status lines.
     """
 
     def __init__(
@@ -27,13 +29,11 @@ class Child:
         *,
         environment: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
-        tells: bool = False,
     ) -> None:
         self.name = name
         self._command = [sys.executable, "-m", module, *arguments, "--parent", str(os.getpid())]
         self._environment = {**os.environ, **(environment or {})}
         self._pass_fds = tuple(pass_fds)
-        self._tells = tells
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -45,7 +45,7 @@ class Child:
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE if self._tells else sys.stderr,
+            stdout=asyncio.subprocess.PIPE,
             env=self._environment,
             pass_fds=self._pass_fds,
             limit=_STATUS_LINE_BYTES,
@@ -56,13 +56,14 @@ class Child:
         assert self._process is not None
         return await self._process.wait()
 
-    async def next_line(self) -> bytes:
-        """The next line that it told; empty at its end."""
+    async def next_status(self) -> dict[str, Any] | None:
+        """The next thing that it tells; None at its end."""
         assert self._process is not None and self._process.stdout is not None
         try:
-            return await self._process.stdout.readline()
-        except ValueError:  # longer than any that it tells
-            return b"{}\n"
+            line = await self._process.stdout.readline()
+        except ValueError:  # longer than any status
+            return {}
+        return read_status(line) if line else None
 
     def terminate(self) -> None:
         """Asks for an orderly end with SIGTERM."""

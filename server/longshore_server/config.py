@@ -31,12 +31,17 @@ _CLIENTS_VARIABLE = "LONGSHORE_CORE_URL"  # where a client finds this tier: no s
 DEFAULT_TENANT = "default"
 _MASK = "***"
 
+_PUBLIC_KEY = re.compile(r"[A-Za-z0-9_-]{43}\Z")
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}\Z")
 _SECRET_FIELDS = frozenset({"key_sha256"})
 
 
 def _is_sha256_hex(value: str) -> bool:
     return _SHA256_HEX.match(value) is not None
+
+
+def _is_public_key(value: str) -> bool:
+    return _PUBLIC_KEY.match(value) is not None
 
 
 Name = Annotated[str, Len(1, limits.MAX_MODEL_CHARS)]
@@ -60,7 +65,7 @@ class EdgeSetting:
     """An edge whose assertions are believed: its name and its Ed25519 public key in base64url."""
 
     issuer: Annotated[str, Len(1, 64)]
-    public_key: Annotated[str, Len(43, 43)]
+    public_key: Annotated[str, Predicate(_is_public_key)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ output, one JSON object a line: `ready`, `beat` or `error`. It owns no client's 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import secrets
@@ -26,6 +25,7 @@ from longshore_server.engines.base import ModelInfo
 from longshore_server.lifeline import Lifeline
 from longshore_server.model_folder import check_model_folder, model_digest
 from longshore_server.native.errors import NativeEngineError
+from longshore_server.status_pipe import StatusPipe
 from longshore_server.trial import TrialNote
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def serve_engine(
     config: CoreConfig,
     socket_path: Path,
     factory: EngineFactory,
-    status: _StatusPipe,
+    status: StatusPipe,
     lifeline: Lifeline | None,
 ) -> int:
     """Runs the engine until it is asked to end; returns the exit code."""
@@ -146,29 +146,6 @@ def _stop_in_time(loop: EngineLoop) -> None:
     os._exit(1)  # the present step takes too long
 
 
-# -- what the supervisor is told ---------------------------------------------------------------
-
-
-class _StatusPipe:
-    """The pipe behind standard output, kept for status lines: what libraries print goes to standard error."""
-
-    def __init__(self) -> None:
-        self._fd = os.dup(1)
-        os.dup2(2, 1)
-        os.set_blocking(self._fd, False)  # a supervisor that is suspended must not suspend the engine
-        self._lock = threading.Lock()
-
-    def tell(self, **fields: Any) -> None:
-        """One line to the supervisor; if it is gone, so is the reason to go on."""
-        try:
-            with self._lock:
-                os.write(self._fd, json.dumps(fields).encode() + b"\n")
-        except BlockingIOError:
-            pass  # thousands of lines unread: one sign of life more says nothing
-        except OSError:
-            os._exit(1)
-
-
 def _die_stuck(age_s: float) -> None:
     logger.critical("one step has taken %.0f s; ending this engine", age_s)
     os._exit(EXIT_BROKEN)
@@ -184,7 +161,7 @@ def main(argv: list[str] | None = None, *, factory: EngineFactory = native_engin
     lifeline = None
     if arguments.parent is not None:
         lifeline = Lifeline(arguments.parent, sys.stdin.fileno())
-    status = _StatusPipe()
+    status = StatusPipe()
     try:
         config = from_json(arguments.config_json)
     except ConfigError as error:

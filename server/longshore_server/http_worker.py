@@ -23,6 +23,7 @@ from longshore.errors import ConfigError
 from longshore_server.config import CoreConfig
 from longshore_server.handoff import read_handoff
 from longshore_server.lifeline import Lifeline
+from longshore_server.status_pipe import StatusPipe
 
 EXIT_CONFIG = 2
 LISTEN_BACKLOG = 1024
@@ -53,21 +54,30 @@ class SharedListenerServer(Server):
         self._shd = SocketHolder(self._listener_fd, False, LISTEN_BACKLOG)  # type: ignore
 
 
-async def serve(app: Any, listener_fd: int, config: CoreConfig) -> None:
-    """Serves until SIGTERM."""
+async def serve(app: Any, listener_fd: int, config: CoreConfig, status: StatusPipe) -> None:
+    """Serves until SIGTERM; tells the supervisor once requests would be answered."""
     server = SharedListenerServer(app, listener_fd, config)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
-    await server.serve()
+    telling = asyncio.create_task(_tell_when_ready(app, status))
+    try:
+        await server.serve()
+    finally:
+        telling.cancel()
 
 
-def _run(app: Any, listener_fd: int, config: CoreConfig) -> None:
+async def _tell_when_ready(app: Any, status: StatusPipe) -> None:
+    await app.state.parts.has_started.wait()
+    status.tell(ready=1)
+
+
+def _run(app: Any, listener_fd: int, config: CoreConfig, status: StatusPipe) -> None:
     factory = None
     with contextlib.suppress(ImportError):  # not there on Windows; asyncio's own loop will do
         import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serve(app, listener_fd, config))
+        runner.run(serve(app, listener_fd, config, status))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="process id to live no longer than")
     arguments = parser.parse_args(argv)
     Lifeline(arguments.parent, sys.stdin.fileno())
+    status = StatusPipe()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the supervisor decides
     try:
         config = read_handoff().config
@@ -89,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"longshore: {error.message}\n")
         return EXIT_CONFIG
-    _run(app, arguments.listener, config)
+    _run(app, arguments.listener, config, status)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -61,7 +60,9 @@ class Supervisor:
         self._engine = self._engine_child()
         self._workers = [self._worker_child(folder, index) for index in range(config.workers)]
         self._is_engine_ready = False
-        self._engine_was_ready = asyncio.Event()
+        self._was_engine_ready = False
+        self._ready_workers: set[str] = set()
+        self._news = asyncio.Event()
 
     async def run(self) -> int:
         """Serves until a signal, or until a process keeps dying."""
@@ -120,7 +121,7 @@ class Supervisor:
     def _engine_child(self) -> Child:
         settings = dataclasses.replace(self._config, keys=(), edges=())  # a command line is public
         arguments = ["--socket", str(self._socket_path), "--config-json", to_json(settings).decode()]
-        return Child("engine", "longshore_server.engine_process", arguments, tells=True)
+        return Child("engine", "longshore_server.engine_process", arguments)
 
     async def _keep_engine(self) -> None:
         budget = RestartBudget(self._config.engine_max_restarts, self._config.engine_restart_window_s)
@@ -131,7 +132,7 @@ class Supervisor:
             if self._is_stopping:
                 return
             self._is_engine_ready = False
-            if not self._engine_was_ready.is_set():
+            if not self._was_engine_ready:
                 raise _Stop(EXIT_CONFIG, error) if error else _early_end("engine process", code)
             await self._pause(budget, "engine process", f"{ending_words(code)}{f': {error}' * bool(error)}")
 
@@ -143,17 +144,16 @@ class Supervisor:
             if not self._is_engine_ready:
                 patience_s = self._config.engine_start_timeout_s
             try:
-                line = await asyncio.wait_for(self._engine.next_line(), patience_s)
+                status = await asyncio.wait_for(self._engine.next_status(), patience_s)
             except TimeoutError:
                 error = f"it gave no sign of life for {patience_s:.0f} s"
                 self._engine.kill()
                 continue
-            if not line:
+            if status is None:
                 return error
-            status = _status(line)
             if "ready" in status:
-                self._is_engine_ready = True
-                self._engine_was_ready.set()
+                self._is_engine_ready = self._was_engine_ready = True
+                self._news.set()
             error = str(status.get("error", error))
 
     # -- the workers ---------------------------------------------------------------------------
@@ -175,6 +175,10 @@ class Supervisor:
         budget = RestartBudget(self._config.engine_max_restarts, self._config.engine_restart_window_s)
         while not self._is_stopping:
             await worker.start()
+            while (status := await worker.next_status()) is not None:
+                if "ready" in status:
+                    self._ready_workers.add(worker.name)
+                    self._news.set()
             code = await worker.wait()
             if self._is_stopping:
                 return
@@ -195,17 +199,25 @@ class Supervisor:
     # -- readiness -----------------------------------------------------------------------------
 
     async def _announce(self) -> None:
-        """Prints the one line on standard output once /readyz says yes to a client."""
+        """Prints the one line on standard output once all workers are ready and a client is told so."""
         address = local_address(self._listener)
         url = listener_url(self._listener, self._config.host)
-        await self._engine_was_ready.wait()
-        give_up_s = time.monotonic() + WORKER_READY_S
-        while not await _says_ready(address):
-            if time.monotonic() > give_up_s:
-                raise _Stop(EXIT_FAILED, f"no HTTP worker was ready {WORKER_READY_S:.0f} s after the engine")
-            await asyncio.sleep(READY_POLL_S)
+        await self._wait_until(lambda: self._was_engine_ready)
+        try:
+            async with asyncio.timeout(WORKER_READY_S):
+                await self._wait_until(lambda: len(self._ready_workers) == len(self._workers))
+                while not await _says_ready(address):
+                    await asyncio.sleep(READY_POLL_S)
+        except TimeoutError:
+            words = f"the HTTP workers were not ready {WORKER_READY_S:.0f} s after the engine"
+            raise _Stop(EXIT_FAILED, words) from None
         sys.stdout.write(f"longshore core ready on {url}\n")
         sys.stdout.flush()
+
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
 
 
 def serve(config: CoreConfig, *, say: Say | None = None) -> int:
@@ -236,14 +248,6 @@ def _say_on_stderr(line: str) -> None:
 
 def _early_end(name: str, code: int) -> _Stop:
     return _Stop(EXIT_FAILED, f"the {name} {ending_words(code)} before it was ready")
-
-
-def _status(line: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 async def _says_ready(address: tuple[str, int]) -> bool:

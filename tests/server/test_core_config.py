@@ -63,6 +63,7 @@ def test_the_quick_start_key_is_added_to_the_others(tmp_path: Path) -> None:
         ('[[keys]]\ntenant = "a"\nkey_sha256 = "plain text"', "keys[0].key_sha256"),
         ('[[keys]]\ntenant = "a"', "keys[0].key_sha256: is required"),
         ('[[edges]]\nissuer = "e"\npublic_key = "short"', "edges[0].public_key"),
+        (f'[[edges]]\nissuer = "e"\npublic_key = "{"!" * 43}"', "edges[0].public_key"),
         ('model = "m"\n[aliases]\na = "other"', "aliases.a: 'other' is not the served model"),
         ('aliases = ["a"]', "aliases"),
         ('engine = "remote"', 'engine: "remote" is not available'),

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 FinishReason = Literal["stop", "length"]
 
 #: What an engine may be able to do beyond answering; callers ask before they rely on it.
-CAPABILITIES = frozenset({"abort", "deadline", "resume", "prefix_cache", "logprobs", "preempt", "swap", "images"})
+CAPABILITIES = frozenset({"abort", "deadline", "resume", "preempt", "swap", "images"})
 
 
 @dataclass(frozen=True, slots=True)
