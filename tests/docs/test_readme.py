@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PORTS = ("8000", "8080")
-_START_TIMEOUT_S = 110
+_START_TIMEOUT_S = 240  # two servers and an export, each of which loads torch
 # Waits until a background command has printed the line that the README shows below it.
 _WAIT_FOR = r"""
 wait_for() {  # file, text
-    for _ in $(seq 1 2000); do
+    for _ in $(seq 1 3000); do
         grep -qF "$2" "$1" && return
         kill -0 $! 2>/dev/null || break
         sleep 0.05
@@ -31,6 +31,9 @@ wait_for() {  # file, text
     echo "the line '$2' did not come:" >&2; cat "$1" >&2; exit 1
 }
 """
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def fences(language: str) -> list[str]:
