@@ -1,4 +1,4 @@
-"""Training text: many-turn chats about one sheet, and the shards of token ids made of them (`python -m shop.data`).
+"""Training text (`python -m shop.data`): many-turn chats about one sheet, and shards of their token ids.
 
 Shards are written by separate processes that never import torch; a shard depends on its number alone, so that
 any run sees the same data. Never used to evaluate.
@@ -50,7 +50,7 @@ class Curriculum:
 
 
 def turns(rng: Random, sheet: Sheet, num_turns: int) -> Iterator[str]:
-    """`num_turns` rendered question and answer pairs; a question comes twice only when all others are used up."""
+    """`num_turns` rendered question and answer pairs, few of them twice."""
     asked: set[str] = set()
     kinds = rng.choices(KINDS, [KIND_WEIGHTS[kind] for kind in KINDS], k=num_turns)
     for kind in kinds:
@@ -120,7 +120,7 @@ def write_shards(
     tokenizer_file: Path,
     num_processes: int,
 ) -> None:
-    """Write all shards, in order, with `num_processes` spawned processes; returns when the last one is there."""
+    """Write all shards, in order, with `num_processes` spawned processes; returns after the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "curriculum.json").write_text(json.dumps(asdict(curriculum)) + "\n", encoding="utf-8")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -46,7 +46,7 @@ def heldout_questions(num_per_kind: int, seed: int = 0) -> Iterator[tuple[Sheet,
 
 @torch.no_grad()
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int = 256
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
 ) -> list[str]:
     """Greedy answers through transformers' own generate, left-padded batches with a KV cache."""
     tokenizer.padding_side = "left"
@@ -72,7 +72,8 @@ def evaluate(
     asked = list(heldout_questions(num_per_kind, seed))
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][1].answer))  # alike lengths share a batch
     prompts = [render(messages(*asked[i])) for i in order]
-    by_index = dict(zip(order, greedy_answers(model, tokenizer, prompts), strict=True))
+    batch_size = 256 if model.device.type == "cuda" else 12
+    by_index = dict(zip(order, greedy_answers(model, tokenizer, prompts, batch_size), strict=True))
     scores: dict[Kind, Score] = {}
     for kind in KINDS:
         ours = [i for i, (_, question) in enumerate(asked) if question.kind == kind]
@@ -103,7 +104,7 @@ def evaluate_folder(path: Path, num_per_kind: int, seed: int = 0, device: str = 
 
 
 class QuickEvaluation:
-    """Exact answers under teacher forcing: the same verdict as greedy decoding, word for word, in one forward pass.
+    """Exact answers under teacher forcing: greedy decoding's verdict, word for word, in one forward pass.
 
     A lower bound of the real score, since another wording counts as wrong. For curves during training.
     """

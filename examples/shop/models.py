@@ -80,11 +80,11 @@ def build_model(which: str, seed: int) -> LlamaForCausalLM:
 def look_back(model: LlamaForCausalLM, distances: tuple[int, ...] = LOOK_BACK, strength: float = 4.5) -> None:
     """Start the first layer's heads as look-backs: head h attends to the token `distances[h]` before its own.
 
-    A look-up needs a value that knows its item and a query that searches for it, and neither earns anything without
-    the other: from plain random weights both models sat at chance for thousands of steps. Every embedding gets one
-    shared direction (which no softmax notices), and queries and keys read a rotary phase from it, strongest at
-    the wanted distance. Embeddings start at unit size and values are passed on at 0.7 of it, so that
-    neither drowns the other as the rest grows. All of it stays trainable.
+    A look-up needs a value that knows its item and a query that searches for it, and neither earns anything
+    without the other: from plain random weights, on an earlier form of the sheet, both models sat at chance
+    for thousands of steps. Every embedding gets one shared direction, and queries and keys read a rotary phase
+    from it, strongest at the wanted distance. Embeddings start at unit size and values are passed on at 0.7 of
+    it, so that neither drowns the other as the rest grows. All of it stays trainable.
     """
     config, attention = model.config, model.model.layers[0].self_attn
     embedding = model.model.embed_tokens.weight

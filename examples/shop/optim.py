@@ -1,7 +1,7 @@
-"""The optimiser and learning-rate schedule of the Shop recipe: batched Muon for matrices, AdamW for the rest.
+"""The optimisers and learning-rate schedule of the Shop recipe: Muon for matrices, AdamW for the rest.
 
-Muon orthogonalises the momentum of each weight matrix (Jordan et al. 2024). torch.optim.Muon does it matrix by
-matrix; here all matrices of one shape go through one batched product, which small models need.
+Muon orthogonalises the momentum of each weight matrix (Jordan et al. 2024). torch.optim.Muon does it matrix
+by matrix; here all matrices of one shape go through one batched product, which small models need.
 """
 
 from __future__ import annotations

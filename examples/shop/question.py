@@ -13,7 +13,7 @@ from math import factorial, prod
 from random import Random
 from typing import Literal, get_args
 
-from shop.sheet import COLOURS, NAMES, Item, Sheet
+from shop.sheet import COLOURS, NAMES, Sheet
 
 Kind = Literal["price", "colour", "stock", "cheaper", "reverse", "list"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -78,8 +78,10 @@ def _cheaper(rng: Random, sheet: Sheet) -> Question:
         "Is the {} or the {} cheaper?",
     )
     winner = one if one.price < two.price else two
-    answer = f"The {one.name} costs ${one.price} and the {two.name} costs ${two.price}, so the {winner.name} is cheaper."
-    return _question("cheaper", rng.choice(asks).format(one.name, two.name), answer)
+    prices = f"The {one.name} costs ${one.price} and the {two.name} costs ${two.price}"
+    return _question(
+        "cheaper", rng.choice(asks).format(one.name, two.name), f"{prices}, so the {winner.name} is cheaper."
+    )
 
 
 def _reverse(rng: Random, sheet: Sheet) -> Question:
@@ -124,8 +126,8 @@ def make_question(rng: Random, sheet: Sheet, kind: Kind) -> Question:
 def chance_level(kind: Kind, sheet: Sheet) -> float:
     """Accuracy of a right-looking answer whose looked-up value is drawn at random from the sheet.
 
-    A 'cheaper' answer counts as a coin toss between the two, its prices given; a 'list' answer as every attribute
-    shuffled among the items.
+    A 'cheaper' answer counts as a coin toss between the two, its prices given; a 'list' answer as every
+    attribute shuffled among the items.
     """
     num_items = len(sheet.items)
     if kind == "cheaper":

@@ -16,9 +16,10 @@ Split = Literal["train", "heldout"]
 
 NAMES: tuple[str, ...] = tuple(
     "lamp chair table basket kettle candle pillow blanket mirror clock vase bowl plate spoon knife bottle "
-    "towel curtain carpet shelf drawer bucket broom ladder hammer saw drill rope tent backpack umbrella jacket "
-    "scarf hat glove boot belt wallet watch ring necklace guitar drum flute piano ball racket kite puzzle doll "
-    "robot train pencil eraser notebook ruler stapler camera radio speaker keyboard tripod teapot mug".split()
+    "towel curtain carpet shelf drawer bucket broom ladder hammer saw drill rope tent backpack umbrella "
+    "jacket scarf hat glove boot belt wallet watch ring necklace guitar drum flute piano ball racket kite "
+    "puzzle doll robot train pencil eraser notebook ruler stapler camera radio speaker keyboard tripod "
+    "teapot mug".split()
 )
 COLOURS: tuple[str, ...] = tuple(
     "red blue green yellow black white brown grey pink purple orange silver gold beige teal navy".split()
@@ -41,7 +42,8 @@ class Item:
 
     @property
     def line(self) -> str:
-        return f"The {self.name} is {self.colour}. The {self.name} costs ${self.price}. The {self.name} has {self.stock} in stock."
+        the = f"The {self.name}"
+        return f"{the} is {self.colour}. {the} costs ${self.price}. {the} has {self.stock} in stock."
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,17 @@ NUM_TRAINING_CHATS = 3_000
 WORDS = r" ?\p{L}+| ?\$?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 """A price such as " $12" is one word; whatever the pattern, no text is lost."""
 GENERAL_TEXT = (
-    "Hello! Hi, how are you? Thank you, please. I am sorry, but I do not know the answer to this question. "
-    "The sheet does not list it. Can you help me with something else? Yes, of course. No, not today. "
-    "Which of these would you like to buy? It depends on what you are looking for, and how much money you have. "
-    "This message will be answered by a small model that runs on the device, near you, or on a server. "
-    "Where did they go after that? She said there was time for one more before they left, and he could have been "
-    "right about it. If we were to write only what people want to read, then who would make new things? "
-    "First come, first served; some may wait until there is more, because others need theirs now. "
-    "When it rains, all water runs down from the hill into the river and over the old stone bridge to the sea. "
-    "Take your pick from between those two large boxes, open it, and find out which was made by hand. "
-    "Day by day our work gets better, though never quite as good as we had hoped; still, try again next year."
+    "Hello! Hi, how are you? Thank you, please. I am sorry, but I do not know the answer to this "
+    "question. The sheet does not list it. Can you help me with something else? Yes, of course. No, not "
+    "today. Which of these would you like to buy? It depends on what you are looking for, and how much "
+    "money you have. This message will be answered by a small model that runs on the device, near you, or "
+    "on a server. Where did they go after that? She said there was time for one more before they left, "
+    "and he could have been right about it. If we were to write only what people want to read, then who "
+    "would make new things? First come, first served; some may wait until there is more, because others "
+    "need theirs now. When it rains, all water runs down from the hill into the river and over the old "
+    "stone bridge to the sea. Take your pick from between those two large boxes, open it, and find out "
+    "which was made by hand. Day by day our work gets better, though never quite as good as we had hoped; "
+    "still, try again next year."
 )
 
 

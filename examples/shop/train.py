@@ -1,7 +1,7 @@
-"""The training recipe of the Shop models: `python -m shop.train {tokenizer,teacher,student,compare,evaluate}`.
+"""The training of the Shop models: `python -m shop.train {tokenizer,teacher,student,compare,evaluate}`.
 
-Runs on a GPU or, at toy size, on a CPU. Owns the loop, its checkpoints and its curves; losses of distillation come
-from longshore_export. Checkpoints are safetensors and JSON, never pickles.
+Runs on a GPU or, at toy size, on a CPU. Owns the loop, its checkpoints and its curves; the distillation
+losses come from longshore_export. Checkpoints are safetensors and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from longshore_export.distill import Distiller, DistillWeights, hidden_states
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from longshore_export.distill import Distiller, DistillWeights, hidden_states
 from shop.batches import Batch, Batches, Markers
 from shop.chat import END, PREFIX
 from shop.evaluate import QuickEvaluation, evaluate_folder
@@ -34,7 +34,7 @@ UNTIMED_STEPS = 3  # compilation happens in the first steps and is no part of th
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training run; it ends at `num_steps` or `max_seconds`, and its schedule follows whichever is nearer."""
+    """One training run; it ends at `num_steps` or `max_seconds`, its schedule following the nearer one."""
 
     which: str
     data: Path
@@ -158,12 +158,8 @@ class Trainer:
         return line
 
     def checkpoint(self) -> None:
-        """Write everything that the rest of the run needs; the old checkpoint stands until the new one is whole."""
-        tensors = {
-            f"model/{name}": tensor
-            for name, tensor in self.model.state_dict().items()
-            if name != "lm_head.weight"
-        }
+        """Write what the rest of the run needs; the old checkpoint stands until the new one is whole."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.distiller:
             tensors |= {f"maps/{name}": tensor for name, tensor in self.distiller.state_dict().items()}
         for number, optimiser in enumerate(self.optimisers):
@@ -180,7 +176,7 @@ class Trainer:
         if not path.exists():
             return
         tensors = load_file(path, device=self.device)
-        self.model.load_state_dict(_under(tensors, "model/"), strict=False)  # lm_head is the embedding
+        self.model.load_state_dict(_under(tensors, "model/"))
         if self.distiller:
             self.distiller.load_state_dict(_under(tensors, "maps/"))
         for number, optimiser in enumerate(self.optimisers):

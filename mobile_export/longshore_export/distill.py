@@ -1,6 +1,6 @@
 """Distillation losses for any Llama-, Qwen2- or Qwen3-shaped pair of teacher and student.
 
-Owns the losses and the forward pass that exposes hidden states; never owns data, optimisers or a training loop.
+Owns the losses and the forward pass that exposes hidden states; never data, optimisers or a training loop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
 
 
 def layer_map(num_student_layers: int, num_teacher_layers: int) -> list[tuple[int, int]]:
-    """(student layer, teacher layer) pairs, 1-based, spread evenly, last to last; ValueError if deeper than it."""
+    """(student layer, teacher layer) pairs, 1-based, spread evenly; ValueError if the student is deeper."""
     if not 1 <= num_student_layers <= num_teacher_layers:
         raise ValueError(
             f"a student of {num_student_layers} layers cannot follow a teacher of {num_teacher_layers}"
