@@ -6,6 +6,8 @@ Updates `cores.Core`; passive health (the breaker) is fed by the relay.
 from __future__ import annotations
 
 import asyncio
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +34,13 @@ class HealthChecks:
         self._num_silent: dict[str, int] = {}
 
     async def run(self) -> None:
-        """Check until cancelled; one core's failure is nothing to the others."""
+        """Check until cancelled, whatever a round meets."""
         while True:
             await asyncio.sleep(self._interval_s)
-            await self.check_all()
+            try:
+                await self.check_all()
+            except Exception:  # a bug of ours must not end the checks
+                traceback.print_exc(file=sys.stderr)
 
     async def check_all(self) -> None:
         """Check every core once, together; never raises for what a core does."""

@@ -44,9 +44,11 @@ class Core:
 
     def ailment(self) -> str:
         """Why it is not well, in words."""
+        if not self.is_ready:
+            return self.not_ready_reason or "not ready"
         if not self.breaker.admits():
             return f"breaker {self.breaker.state}, next probe in {self.breaker.retry_in_s():.1f} s"
-        return self.not_ready_reason or "not ready"
+        return "well"
 
     def has_model(self, model: str) -> bool | None:
         """Whether it serves `model`; None while it has not said."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from longshore.errors import RateLimitedError
+from longshore.errors import OverloadedError, RateLimitedError
 from longshore_edge.auth import Client
 
 _BUSY_TIMEOUT_S = 2.0
@@ -127,7 +127,10 @@ class SharedLimits:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise OverloadedError(f"the limits can't be checked: {error}", retry_after_s=1.0) from None
         try:
             yield
         except BaseException:

@@ -223,7 +223,7 @@ class Relay:
         self._note_ailing(call)
         tried: set[str] = set()
         num_lost = 0
-        error: LongshoreError = UnavailableError("no core is well", retry_after_s=self._retry_after_s())
+        error: LongshoreError | None = None
         for _ in range(self.config.max_tries):
             choice = self.fleet.choose(call.request.model, call.place, frozenset(tried))
             if choice is None or (tried and not self.budget.withdraw()):
@@ -239,7 +239,7 @@ class Relay:
                     break
                 num_lost += retry.is_lost(failure)
                 tried.add(core.name)
-        raise error
+        raise error or self._none_is_well()
 
     async def _attempt(self, call: Call, core: Core, reason: str) -> Answer:
         """One attempt at one core; notes what came of it and keeps the core's state right."""
@@ -295,6 +295,10 @@ class Relay:
     def _note_source(self, call: Call, source: str) -> None:
         self.metrics.count("longshore:edge_answers_total", source)
         self.metrics.observe("longshore:edge_ttft_seconds", self.clock() - call.arrived_s, source)
+
+    def _none_is_well(self) -> UnavailableError:
+        ailments = "; ".join(f"{core.name}: {core.ailment()}" for core in self.fleet.cores.values())
+        return UnavailableError(ailments or "there is no core", retry_after_s=self._retry_after_s())
 
     def _retry_after_s(self) -> float:
         waits = [core.breaker.retry_in_s() for core in self.fleet.cores.values()]

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from longshore.errors import BundleError, ConfigError
 from longshore_edge.app import EdgeApp
@@ -24,7 +25,7 @@ from longshore_edge.bundles import BundleShelf
 from longshore_edge.config import EdgeConfig
 from longshore_edge.geo import GeoDatabase
 from longshore_edge.student import open_student
-from longshore_edge.worker import Worker
+from longshore_edge.worker import Worker, prepare_state
 
 _READY_TIMEOUT_S = 60.0
 _READY_INTERVAL_S = 0.02
@@ -81,7 +82,8 @@ def serve(config: EdgeConfig) -> int:
             respawn_failed_workers=True,
             respawn_interval=0.1,
         )
-        announcer = threading.Thread(target=_announce, args=(config.host, port), daemon=True)
+        prepare_state(config, Path(folder))
+        announcer = threading.Thread(target=_announce, args=(server, config, port), daemon=True)
         announcer.start()
         loader = functools.partial(make_app, config, Path(folder))
         try:
@@ -116,8 +118,15 @@ def _held_port(config: EdgeConfig) -> Iterator[int]:
         raise ConfigError(f"can't listen on {config.host}:{config.port}: {why}") from None
 
 
-def _announce(host: str, port: int) -> None:
-    """Say on stdout where the edge listens, once it does."""
+def _announce(server: Any, config: EdgeConfig, port: int) -> None:
+    """Say on stdout where the edge listens, once it does.
+
+    Until the workers are forked this thread only sleeps: a lock held at the fork is held in the
+    worker for ever.
+    """
+    while len(server.wrks) < config.workers:
+        time.sleep(_READY_INTERVAL_S)
+    host = config.host
     address = f"[{host}]" if ":" in host else host
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, address)
     deadline_s = time.monotonic() + _READY_TIMEOUT_S

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -160,7 +161,7 @@ def _typed(core_name: str, error: Exception) -> LongshoreError:
 
 def _words(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.strerror or str(error.os_error) or "refused"
+        return os.strerror(error.errno) if error.errno else str(error.os_error)
     return str(error) or type(error).__name__
 
 

@@ -169,7 +169,8 @@ class Socket:
         frame = message.get("text")
         generation_id: str | None = None
         try:
-            body = load_json(frame if frame is not None else message.get("bytes") or b"")
+            data = frame if frame is not None else message.get("bytes") or b""
+            body = load_json(data, max_bytes=self._worker.config.max_body_bytes)
             generation_id = _id_in(body)
             await self._act(decode_client_message(body))
         except LongshoreError as error:

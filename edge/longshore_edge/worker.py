@@ -32,6 +32,7 @@ from longshore_edge.relay import Relay
 from longshore_edge.student import open_student
 from longshore_edge.upstream import Upstream
 
+LIMITS_NAME = "limits.sqlite"
 _METRICS_INTERVAL_S = 1.0
 
 
@@ -48,7 +49,7 @@ class Worker:
         self.num_sockets = 0
         is_shared = config.workers > 1
         self._shared_metrics = SharedMetrics(state_dir, self.metrics) if is_shared else None
-        self._limits = make_limits(state_dir / "limits.sqlite" if is_shared else None, self.clock)
+        self._limits = make_limits(state_dir / LIMITS_NAME if is_shared else None, self.clock)
         self._geo = GeoDatabase(Path(config.geo_db)) if config.geo_db is not None else None
         self._proxies = TrustedProxies(config.trusted_proxies)
         self.shelf = BundleShelf(config.bundles)
@@ -172,6 +173,18 @@ class Worker:
 
     def _run(self, loop: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(loop))
+
+
+def prepare_state(config: EdgeConfig, state_dir: Path) -> None:
+    """Make the shared files before the workers start, who would else get in one another's way.
+
+    Raises ConfigError when they can't be made.
+    """
+    cache = _open_cache(config, state_dir)
+    if cache is not None:
+        cache.close()
+    if config.workers > 1:
+        make_limits(state_dir / LIMITS_NAME, time.monotonic).close()
 
 
 def _assertions(config: EdgeConfig) -> AssertionMaker | None:

@@ -165,6 +165,22 @@ async def test_tenants_workers_restarts_and_cores_that_are_down(tmp_path: Path) 
             assert await ask_on_fresh_connections(edge.url, KEY, request, 4) == {True}
 
 
+async def test_an_old_answer_is_better_than_none(tmp_path: Path) -> None:
+    request = fresh()
+    with start_core("core-a") as core, start_edge(tmp_path, edge_toml([core], "cache_ttl_s = 0.2")) as edge:
+        async with session_to(edge) as session:
+            await ask(session, request)
+            await asyncio.sleep(0.3)
+            _, body, _ = await ask(session, request)
+            assert not body["longshore"].get("cached")
+            core.kill()
+            await asyncio.sleep(0.3)
+            status, body, _ = await ask(session, request)
+            assert (status, body["longshore"]["cached"]) == (200, True)
+            assert "cores failed, stale cache" in body["longshore"]["reason"]
+            assert (await ask(session, fresh()))[0] == 503
+
+
 async def ask_on_fresh_connections(url: str, key: str, request: Any, count: int) -> set[bool]:
     """Whether the answers were cached, each over a connection of its own, so that every worker is met."""
     found = set()

@@ -23,6 +23,8 @@ from edge.harness import (
 )
 from longshore.tier_process import TierProcess
 
+TIMES = "failure_threshold = 100\nfirst_event_timeout_s = 0.5\nidle_timeout_s = 0.7"
+
 
 @pytest.fixture(scope="module")
 def bad() -> Iterator[CoreProcess]:
@@ -35,7 +37,7 @@ def two_cores(
     bad: CoreProcess, core: CoreProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TierProcess]:
     # The bad core has by far the greater weight, so that it is asked first.
-    toml = edge_toml([bad], "failure_threshold = 100", core_extra="weight = 1000")
+    toml = edge_toml([bad], TIMES, core_extra="weight = 1000")
     toml += f'[[cores]]\nname = "{core.name}"\nurl = "{core.url}"\n'
     with start_edge(tmp_path_factory.mktemp("two"), toml) as process:
         yield process
@@ -77,6 +79,34 @@ async def test_another_core_answers(
     tried = [(attempt["node"], attempt["outcome"]) for attempt in report["attempts"]]
     assert tried == [("bad", "failed"), ("core-a", "served")]
     assert code in report["attempts"][0]["reason"]
+
+
+@pytest.mark.parametrize("orders", [{"wait_s": 60}, {"stall_after": 0}], ids=["silent", "headers only"])
+async def test_a_core_that_says_nothing(
+    session_two: aiohttp.ClientSession, bad: CoreProcess, orders: Any
+) -> None:
+    await bad.set(**orders)
+    report = report_of(await stream(session_two, chat()))
+    assert report["node"] == "core-a"
+    assert "nothing came in time" in report["attempts"][0]["reason"]
+
+
+async def test_a_core_that_falls_silent_in_the_middle(
+    session_two: aiohttp.ClientSession, bad: CoreProcess
+) -> None:
+    await bad.set(stall_after=2)
+    events = await stream(session_two, chat())
+    assert events[-1].event == "error"
+    assert "answer_interrupted" in events[-1].data
+
+
+async def test_keepalives_come_before_the_first_token(
+    session_two: aiohttp.ClientSession, bad: CoreProcess
+) -> None:
+    await bad.set(keepalive_first=True)
+    assert report_of(await stream(session_two, chat()))["node"] == "bad"
+    await bad.set(keepalive_first=True, error_after=0)
+    assert report_of(await stream(session_two, chat()))["node"] == "core-a"
 
 
 async def test_request_at_fault_is_not_tried_again(
