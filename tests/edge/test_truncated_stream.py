@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 from typing import Any
 
 import aiohttp
@@ -50,3 +52,20 @@ async def test_a_whole_answer_that_is_none(session: aiohttp.ClientSession) -> No
     status, body, _ = await ask(session, chat(orders={"garbage": True}))
     assert status == 503
     assert "not JSON" in body["error"]["message"]
+
+
+async def test_many_at_once_each_whole_or_a_typed_error(session: aiohttp.ClientSession) -> None:
+    """Failures of some answers touch no other one, and none of them passes for whole."""
+    rng = random.Random(5)
+    kinds = ["cut_after", "end_after", "done_after", "error_after", None]
+
+    async def one(number: int) -> None:
+        kind, place = kinds[number % len(kinds)], rng.randrange(1, 12)
+        orders = {"tokens": 12, "gap_s": 0.002} | ({kind: place} if kind else {})
+        events = await stream(session, chat(orders=orders))
+        num_whole = 12 if kind is None else place
+        assert text_of(events) == "".join(f"w{offset} " for offset in range(num_whole))
+        assert events[-1].is_done if kind is None else events[-1].event == "error"
+        assert sum(event.is_done for event in events) == (kind is None)
+
+    await asyncio.gather(*(one(number) for number in range(60)))
