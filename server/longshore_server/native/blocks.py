@@ -60,10 +60,6 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def num_cached_among(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` stop being available when they are shared."""
-        return sum(self._ref_counts[block] == 0 for block in blocks)
-
     def share(self, blocks: Sequence[int]) -> None:
         """Adds a reference to blocks that match() gave."""
         for block in blocks:

@@ -144,9 +144,15 @@ class NativeEngine:
 
     def step(self) -> list[TokenOutput]:
         """Schedules, runs, postprocesses: at most one output per running request, and the pending endings."""
-        schedule = self._scheduler.schedule(self._clock())
+        schedule = self._schedule()
         results = self._run(schedule)
         return self._postprocess(schedule, results)
+
+    def _schedule(self) -> Schedule:
+        schedule = self._scheduler.schedule(self._clock())
+        for sequence in schedule.expired:  # noted before the run, which may raise
+            self._report_ending(sequence)
+        return schedule
 
     def _run(self, schedule: Schedule) -> list[ChunkResult]:
         self._runner.clear_blocks(schedule.new_blocks)
@@ -166,8 +172,6 @@ class NativeEngine:
             return self._run_chunks(chunks[:half]) + self._run_chunks(chunks[half:])
 
     def _postprocess(self, schedule: Schedule, results: list[ChunkResult]) -> list[TokenOutput]:
-        for sequence in schedule.expired:
-            self._report_ending(sequence)
         outputs, self._endings = self._endings, []
         self._num_steps += bool(schedule.chunks)
         for chunk, result in zip(schedule.chunks, results, strict=True):

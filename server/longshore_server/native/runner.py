@@ -7,10 +7,10 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from transformers import PreTrainedModel
 
+from longshore_server.native.attention.backend import MakeContext
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
-from longshore_server.native.attention.reference import Planner, ReferenceContext, plan_passes
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
@@ -19,10 +19,10 @@ class ModelRunner:
     """Runs an unmodified transformers model over a paged KV cache."""
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedKVCache, device: torch.device, plan: Planner = plan_passes
+        self, model: PreTrainedModel, cache: PagedKVCache, device: torch.device, make_context: MakeContext
     ) -> None:
         self.model = model
-        self._plan = plan
+        self._make_context = make_context
         self.cache = cache
         self.device = device
 
@@ -61,7 +61,7 @@ class ModelRunner:
             positions += range(start, end)
             if chunk.samples:
                 sampling_rows.append(len(token_ids) - 1)
-        context = ReferenceContext(self.cache, batch_layout(chunks, self.cache.block_size), self._plan)
+        context = self._make_context(self.cache, batch_layout(chunks, self.cache.block_size))
         output = self.model(
             input_ids=self._tensor(token_ids)[None],  # [1, tokens]
             position_ids=self._tensor(positions)[None],

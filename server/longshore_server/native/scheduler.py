@@ -201,10 +201,10 @@ class Scheduler:
         while self.waiting:
             sequence = self.waiting[0]
             cached_blocks = self._cached_prefix(sequence)
-            while not self._fits(sequence, cached_blocks) and self.running[-1].priority > sequence.priority:
-                self._preempt(self.running[-1])
-            if not self._fits(sequence, cached_blocks) or not self._has_budget_for(sequence):
+            if not self._has_budget_for(sequence) or not self._can_get_in(sequence, cached_blocks):
                 break
+            while not self._fits_beside(self.running, sequence, cached_blocks):
+                self._preempt(self.running[-1])
             self._start(self.waiting.pop(0), cached_blocks)
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
@@ -214,19 +214,26 @@ class Scheduler:
         num_blocks = (len(sequence.token_ids) - 1) // self.pool.block_size
         return self.pool.match(sequence.digest_blocks(num_blocks, self.pool.block_size))
 
-    def _fits(self, sequence: Sequence, cached_blocks: list[int]) -> bool:
-        """A seat, and blocks for all its tokens beside those that running ones still need.
+    def _can_get_in(self, sequence: Sequence, cached_blocks: list[int]) -> bool:
+        """True if there is room, or would be after preempting strictly worse priorities."""
+        if self._fits_beside(self.running, sequence, cached_blocks):
+            return True
+        staying = [s for s in self.running if s.priority <= sequence.priority]
+        return len(staying) < len(self.running) and self._fits_beside(staying, sequence, cached_blocks)
+
+    def _fits_beside(self, others: list[Sequence], sequence: Sequence, cached_blocks: list[int]) -> bool:
+        """A seat, and blocks for all of its tokens beside those that the others hold and still need.
 
         Admitting on the first chunk alone would preempt it again at once. Some blocks are kept spare for the
-        growth of the running answers.
+        growth of the others' answers.
         """
-        if len(self.running) >= self.max_num_seqs:
+        if len(others) >= self.max_num_seqs:
             return False
-        num_wanted = self._num_missing_blocks(sequence, len(sequence.token_ids)) - len(cached_blocks)
-        num_promised = sum(self._num_missing_blocks(s, s.num_uncomputed_tokens) for s in self.running)
-        num_spare = len(self.running) // SEQUENCES_PER_SPARE_BLOCK
-        num_available = self.pool.num_available - self.pool.num_cached_among(cached_blocks)
-        return num_wanted + num_promised + num_spare <= num_available
+        held = {block for other in others for block in other.block_table}
+        num_wanted = sum(self._num_missing_blocks(s, s.num_uncomputed_tokens) for s in (sequence, *others))
+        num_wanted -= len(held.intersection(cached_blocks))
+        num_wanted += len(others) // SEQUENCES_PER_SPARE_BLOCK
+        return num_wanted <= self.pool.num_blocks - len(held)
 
     def _has_budget_for(self, sequence: Sequence) -> bool:
         """True if sequences of better rank, and one token for each of the others, leave budget in a step."""

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from longshore_server.native.attention.invariant import plan_invariant_passes
+from longshore_server.native.attention.backend import select_attention
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
 from longshore_server.native.attention.probe import probe_geometries
-from longshore_server.native.attention.reference import plan_passes
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.model import cpu_linear
@@ -48,7 +47,7 @@ def build(config: EngineConfig) -> BuiltModel:
     cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
     return BuiltModel(
         runner=ModelRunner(
-            loaded.model, cache, device, plan_invariant_passes if batch_invariant else plan_passes
+            loaded.model, cache, device, select_attention(device, batch_invariant=batch_invariant)
         ),
         num_kv_blocks=num_blocks,
         max_model_len=max_model_len,

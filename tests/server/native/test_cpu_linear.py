@@ -29,6 +29,20 @@ def test_equals_linear_and_rows_are_invariant(shape, bias) -> None:
     assert torch.equal(packed(rows[None])[0], whole)
 
 
+@torch.inference_mode()
+def test_rows_are_equal_bits_for_any_number_of_threads() -> None:
+    torch.manual_seed(1)
+    packed = PackedLinear(nn.Linear(1024, 384))
+    rows = torch.randn(40, 1024)
+    one_thread = packed(rows)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(packed(rows), one_thread)
+        assert torch.equal(packed(rows[7:8]), one_thread[7:8])
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_packs_plain_float32_layers_only() -> None:
     class Special(nn.Linear):
         pass

@@ -9,7 +9,7 @@ import torch
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "qwen3-mixed")
 EOS = 2
-MAX_TOKENS = 40
+MAX_TOKENS = 32
 
 
 def _prompts(count: int, seed: int) -> list[list[int]]:
@@ -30,8 +30,10 @@ def _expected(model, prompt: list[int]) -> list[int]:
     return answer[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("batch_invariant", [None, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "batch_invariant"),
+    [*((family, None) for family in FAMILIES), ("llama", False), ("mistral", False)],
+)
 def test_answers_equal_transformers_generate(family, batch_invariant, oracle, make_engine, greedy) -> None:
     prompts = _prompts(10, seed=FAMILIES.index(family))
     expected = [_expected(oracle(family), prompt) for prompt in prompts]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from longshore_server.native.randomness import gumbel_noise, row_keys, splitmix64, sub_seed
+from longshore_server.native.randomness import gumbel_noise
+from longshore_server.native.seeds import row_keys, splitmix64, sub_seed
 
 PINNED_KEYS = (2802244911, 1293516399)
 PINNED_NOISE = [-0.8044097, -0.0340566, 1.8253622, 1.1693069]

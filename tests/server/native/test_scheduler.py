@@ -161,6 +161,16 @@ def test_equal_priority_never_preempts_to_get_in() -> None:
     assert scheduler.num_preemptions == 0 and scheduler.running[0].request_id == "1"
 
 
+def test_nobody_is_preempted_for_one_who_would_not_fit_even_then() -> None:
+    scheduler = _scheduler(max_num_batched_tokens=40)
+    scheduler.add(_sequence("1", 20, priority=0))  # five of ten blocks
+    scheduler.add(_sequence("2", 4, priority=2))
+    _run(scheduler)
+    scheduler.add(_sequence("3", 24, priority=1, tenant="b"))  # six blocks: too many even without the second
+    _run(scheduler)
+    assert scheduler.num_preemptions == 0 and [s.request_id for s in scheduler.waiting] == ["3"]
+
+
 def test_a_better_priority_gets_the_budget_of_a_long_prefill() -> None:
     scheduler = _scheduler()
     scheduler.add(_sequence("1", 30, priority=1))

@@ -76,8 +76,9 @@ def test_a_wrong_engine_setting_is_named(field, settings) -> None:
 
 def test_light_parts_import_no_torch_and_the_engine_no_server() -> None:
     """HTTP workers use the types without paying for torch; the engine runs where no web framework is."""
-    light = "import sys, longshore_server.native.sampling_params, longshore_server.native.outputs"
-    light += ", longshore_server.native.config, longshore_server.native.errors; print('torch' in sys.modules)"
+    parts = ("config", "errors", "outputs", "sampling_params", "seeds", "scheduler")
+    light = "import sys; " + "; ".join(f"import longshore_server.native.{part}" for part in parts)
+    light += "; print('torch' in sys.modules)"
     heavy = "import sys, longshore_server.native.engine as e"
     heavy += "; print(any(name in sys.modules for name in ('fastapi', 'msgspec', 'granian', 'pydantic')))"
     for code in (light, heavy):

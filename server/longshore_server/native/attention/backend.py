@@ -1,0 +1,21 @@
+"""Chooses the attention for a device: the one place where a new kernel is named. It attends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from longshore_server.native.attention.interface import AttentionContext
+from longshore_server.native.attention.invariant import plan_invariant_passes
+from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.layout import BatchLayout
+from longshore_server.native.attention.reference import ReferenceContext, plan_passes
+
+MakeContext = Callable[[PagedKVCache, BatchLayout], AttentionContext]
+
+
+def select_attention(device: torch.device, *, batch_invariant: bool) -> MakeContext:
+    """A maker of one step's context. The torch reference serves every device until a kernel is named here."""
+    return partial(ReferenceContext, plan=plan_invariant_passes if batch_invariant else plan_passes)
