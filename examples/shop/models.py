@@ -82,9 +82,9 @@ def look_back(model: LlamaForCausalLM, distances: tuple[int, ...] = LOOK_BACK, s
 
     A look-up needs a value that knows its item and a query that searches for it, and neither earns anything
     without the other: from plain random weights, on an earlier form of the sheet, both models sat at chance
-    for thousands of steps. Every embedding gets one shared direction, and queries and keys read a rotary phase
-    from it, strongest at the wanted distance. Embeddings start at unit size and values are passed on at 0.7 of
-    it, so that neither drowns the other as the rest grows. All of it stays trainable.
+    for thousands of steps. Every embedding gets one shared direction; queries and keys read a rotary phase
+    from it, strongest at the wanted distance. Embeddings start at unit size and values are passed on at 0.7
+    of it, so that neither drowns the other as the rest grows. All of it stays trainable.
     """
     config, attention = model.config, model.model.layers[0].self_attn
     embedding = model.model.embed_tokens.weight
