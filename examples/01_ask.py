@@ -7,7 +7,9 @@ import os
 
 from longshore import Client
 
-SHEET = "lamp: red, $31, 12 in stock\nsofa: blue, $95, 3 in stock"
+SHEET = """\
+The lamp is red. The lamp costs $31. The lamp has 12 in stock.
+The chair is blue. The chair costs $55. The chair has 3 in stock."""
 
 with Client(edge_url=os.environ["LONGSHORE_EDGE_URL"]) as client:
     answer = client.chat.completions.create(

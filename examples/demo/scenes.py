@@ -110,9 +110,8 @@ class Scenes:
         """SIGKILL for the engine process in the middle of an answer: it is restarted and goes on."""
         print("\n4. The engine is killed in the middle of a long answer")
         asked = case(self._rng, "list", LIST_ITEMS)
-        row = await ask(
-            self._client, asked, self._at(NUM_TOKENS_BEFORE_KILL, self._kill_engine), mode="prefer-core"
-        )
+        kill = self._at(NUM_TOKENS_BEFORE_KILL, self._kill_engine)
+        row = await ask(self._client, asked, kill, **PATIENT)
         self._table.head()
         self._table.add(row)
         self._claims.check(row.report.served_by == "core", "the core answered", row.tier)
