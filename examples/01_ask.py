@@ -1,6 +1,6 @@
 """Ask one question; whichever tier serves it best answers.
 
-Needs a running edge or core: LONGSHORE_EDGE_URL and LONGSHORE_API_KEY say where (`make demo --keep`).
+Needs a running edge or core: LONGSHORE_EDGE_URL and LONGSHORE_API_KEY say where (`longshore demo --keep`).
 """
 
 import os
