@@ -175,9 +175,12 @@ class CoreStream:
 
     def _examine(self, block: bytes) -> bytes:
         """Read the frames one by one; an error waits until what came before it was passed on."""
-        out = []
+        head, rest = frames.split_plain_head(block)
+        if head:
+            self._begin()
+        out = [head] if head else []
         try:
-            for frame in frames.split(block):
+            for frame in frames.split(rest):
                 out.append(self._examine_frame(frame))
                 if self._is_done:
                     break

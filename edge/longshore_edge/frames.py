@@ -13,6 +13,7 @@ from longshore.wire import limits
 _END = b"\n\n"
 # A quotation mark inside a JSON string is always escaped, so these keys can't stand in a text.
 _UNFINISHED = b'"finish_reason":null'
+_FINISHED = b'"finish_reason":"'
 _MARK = b'"mark":'
 
 
@@ -56,6 +57,14 @@ def is_plain(block: bytes) -> bool:
         and b'"error"' not in block
         and b'"usage"' not in block
     )
+
+
+def split_plain_head(block: bytes) -> tuple[bytes, bytes]:
+    """The plain frames before the first finish as one block, possibly empty, and all the rest."""
+    finish = block.find(_FINISHED)
+    start = block.rfind(_END, 0, finish) + len(_END) if finish >= 0 else 0
+    head = block[:start] if start >= len(_END) else b""
+    return (head, block[len(head) :]) if head and is_plain(head) else (b"", block)
 
 
 def split(block: bytes) -> Iterator[bytes]:

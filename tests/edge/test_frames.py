@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longshore.errors import ProtocolError
 from longshore.sse import SseDecoder, encode_data
-from longshore_edge.frames import FrameReader, is_plain, num_tokens, split
+from longshore_edge.frames import FrameReader, is_plain, num_tokens, split, split_plain_head
 
 
 def chunk(text: str, finish: str | None = None) -> bytes:
@@ -51,6 +51,20 @@ def test_only_token_chunks_are_plain(first: str, second: str) -> None:
     assert not is_plain(b": keepalive\n\n" + block)
     assert not is_plain(block + encode_data({"error": {"code": "x"}}, event="error"))
     assert not is_plain(block + encode_data({"choices": [], "longshore": {"report": {}}}))
+
+
+@given(frames)
+def test_the_plain_head_is_plain_and_nothing_is_lost(block: bytes) -> None:
+    head, rest = split_plain_head(block)
+    assert head + rest == block
+    assert not head or is_plain(head)
+
+
+def test_the_head_goes_up_to_the_finish() -> None:
+    tokens, end = chunk("a") + chunk("b"), chunk("", "stop")
+    assert split_plain_head(tokens + end + tokens) == (tokens, end + tokens)
+    assert split_plain_head(end) == (b"", end)
+    assert split_plain_head(tokens) == (b"", tokens)
 
 
 def test_ordinary_text_is_plain() -> None:
