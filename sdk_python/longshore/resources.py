@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from longshore.call import Call, Progress, num_choices
-from longshore.errors import LongshoreError
+from longshore.errors import AnswerInterruptedError, LongshoreError
 from longshore.params import ChatParams, CompletionParams, chat_request, completion_request
 from longshore.streams import (
     Assembly,
@@ -279,6 +279,8 @@ class StreamSocket:
                 async for event in events:
                     progress.add(event)
                     yield event
+            if not progress.collector.is_finished:
+                raise AnswerInterruptedError(f"the answer stopped after {progress.num_tokens} tokens")
         except LongshoreError as error:
             error.tokens_delivered = progress.num_tokens
             error.partial_text = progress.collector.text()

@@ -23,7 +23,7 @@ CHAT = ["chat", "--model", "shop"]
 
 
 def longshore(
-    *arguments: str, stdin: str = "", timeout_s: float = 30, **environment: str
+    *arguments: str, stdin: str = "", timeout_s: float = 60, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LONGSHORE_")}
     return subprocess.run(
@@ -178,4 +178,4 @@ def test_import_is_light() -> None:
     heavy = {"torch", "transformers", "onnxruntime", "numpy", "fastapi", "pydantic", "granian", "tokenizers"}
     assert not heavy & {name.partition(".")[0] for name in after_client}
     assert not {"httpx2", "websockets", "asyncio", "ssl"} & set(after_import)
-    assert took_s < 0.5  # milliseconds, but the machine may be busy
+    assert took_s < 2  # milliseconds, but the machine may be busy

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -79,8 +80,9 @@ class Seen:
 class TierServer:
     """`with TierServer(Behaviour(...)) as tier:` listens at `tier.url`."""
 
-    def __init__(self, behaviour: Behaviour | None = None) -> None:
+    def __init__(self, behaviour: Behaviour | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.behaviour = behaviour or Behaviour()
+        self._tls = tls
         self.script: list[Behaviour] = []  # used up first, one a request
         self.seen: list[Seen] = []
         self.url = ""
@@ -103,9 +105,9 @@ class TierServer:
 
     async def _run(self) -> None:
         self._stop = asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, ssl=self._tls)
         port = server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{port}"
         self._ready.set()
         await self._stop.wait()
         server.close()
