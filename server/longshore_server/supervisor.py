@@ -134,7 +134,8 @@ class Supervisor:
             self._is_engine_ready = False
             if not self._was_engine_ready:
                 raise _Stop(EXIT_CONFIG, error) if error else _early_end("engine process", code)
-            await self._pause(budget, "engine process", f"{ending_words(code)}{f': {error}' * bool(error)}")
+            reason = f"{ending_words(code)}: {error}" if error else ending_words(code)
+            await self._pause(budget, "engine process", reason)
 
     async def _listen_to_engine(self) -> str:
         """Follows what the engine tells until it ends; kills it when it is silent for too long."""

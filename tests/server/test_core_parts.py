@@ -6,7 +6,9 @@ import json
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ from longshore_server.handoff import HANDOFF_VARIABLE, Handoff, read_handoff, wr
 from longshore_server.listener import bind_listener, listener_url, local_address
 from longshore_server.model_folder import check_model_folder, model_digest
 from longshore_server.restarts import RestartBudget
-from longshore_server.telemetry.probes import GpuProbe, HostProbe
+from longshore_server.telemetry.probes import GpuProbe, GpuSample, HostProbe
 from longshore_server.trial import TrialNote
 
 # -- restarts ----------------------------------------------------------------------------------
@@ -178,8 +180,8 @@ def test_the_digest_follows_what_answers_depend_on(tmp_path: Path) -> None:
 def test_a_large_file_is_sampled_header_and_end_included(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longshore_server.model_folder._WHOLE_FILE_BYTES", 1024)
-    monkeypatch.setattr("longshore_server.model_folder._SAMPLE_BYTES", 64)
+    monkeypatch.setattr("longshore.bundle.digest._WHOLE_FILE_BYTES", 1024)
+    monkeypatch.setattr("longshore.bundle.digest._SAMPLE_BYTES", 64)
     folder = tiny_model_folder(tmp_path / "m")
     config, weights = engine_config(folder, load_format="auto"), folder / "model.safetensors"
     data = bytearray((100).to_bytes(8, "little") + bytes(100_000))
@@ -202,6 +204,49 @@ def test_the_host_is_read() -> None:
     assert 0 < sample.memory_used_bytes < sample.memory_total_bytes
     assert 0 < sample.process_rss_bytes < sample.memory_total_bytes
     assert min(sample.network_sent_bytes, sample.network_received_bytes) >= 0
+
+
+class _Nvml(ModuleType):
+    """A driver with two GPUs: one tells all but its power, the other has fallen off the bus."""
+
+    NVML_TEMPERATURE_GPU = 0
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlShutdown(self) -> None: ...
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index == 1:
+            raise self.NVMLError("GPU is lost")
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, _: int) -> SimpleNamespace:
+        return SimpleNamespace(used=3, total=4)
+
+    def nvmlDeviceGetUtilizationRates(self, _: int) -> SimpleNamespace:
+        return SimpleNamespace(gpu=50)
+
+    def nvmlDeviceGetTemperature(self, _: int, __: int) -> int:
+        return 61
+
+    def nvmlDeviceGetPowerUsage(self, _: int) -> int:
+        raise self.NVMLError("not supported")
+
+    def nvmlDeviceGetName(self, _: int) -> bytes:
+        return b"A GPU"
+
+
+def test_a_gpu_that_is_lost_and_a_figure_that_is_not_told_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _Nvml("pynvml"))
+    assert GpuProbe().read() == (GpuSample(0, "A GPU", 3, 4, 0.5, 61.0, None),)
 
 
 def test_gpus_are_read_where_there_are_any() -> None:

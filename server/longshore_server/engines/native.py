@@ -206,6 +206,7 @@ class NativeEngineClient:
         flight = _InFlight(job)
         self._submit(flight)
         self._jobs[flight] = None
+        timer = self._deadline_timer(flight)
         try:
             while True:
                 token = await self._next(flight)
@@ -213,6 +214,8 @@ class NativeEngineClient:
                 if token.finish_reason is not None:
                     return
         finally:
+            if timer is not None:
+                timer.cancel()
             self._jobs.pop(flight, None)
             self._withdraw(flight)
 
@@ -227,21 +230,21 @@ class NativeEngineClient:
                 if self._is_connected:  # else the next engine gets it, as it gets the others
                     self._submit(flight)
             flight.news.clear()
-            await self._wait_for_news(flight)
+            await flight.news.wait()
         return flight.unread.popleft()
 
-    async def _wait_for_news(self, flight: _InFlight) -> None:
-        """Waits no longer than the job's deadline, which the engine keeps too unless it is dead."""
-        deadline_s = flight.job.deadline_s
-        timeout_s = None if deadline_s is None else deadline_s + _DEADLINE_GRACE_S - time.monotonic()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await flight.news.wait()
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"the deadline passed after {len(flight.received)} tokens",
-                tokens_delivered=len(flight.received),
-            ) from None
+    def _deadline_timer(self, flight: _InFlight) -> asyncio.TimerHandle | None:
+        """Ends the job a little after its deadline, which the engine keeps itself unless it is dead."""
+        if flight.job.deadline_s is None:
+            return None
+        delay_s = flight.job.deadline_s + _DEADLINE_GRACE_S - time.monotonic()
+        return asyncio.get_running_loop().call_later(delay_s, self._expire, flight)
+
+    def _expire(self, flight: _InFlight) -> None:
+        self._withdraw(flight)
+        num_tokens = len(flight.received)
+        words = f"the deadline passed after {num_tokens} tokens"
+        flight.fail(DeadlineExceededError(words, tokens_delivered=num_tokens))
 
     def _submit(self, flight: _InFlight, *, replay: bool = False) -> None:
         job = flight.job
