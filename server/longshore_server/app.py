@@ -54,6 +54,7 @@ def create_app(config: CoreConfig | None = None, engine: Engine | None = None) -
     app = FastAPI(title="Longshore core", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     app.state.parts = parts
+    app.state.drain = parts.drain  # for whoever runs this worker, on SIGTERM
     for module in (chat, completions, models, stream, health, metrics_route):
         app.include_router(module.router)
     failing.install(app, metrics)

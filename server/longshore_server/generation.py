@@ -20,6 +20,7 @@ from longshore.errors import (
     EngineFailedError,
     InternalError,
     LongshoreError,
+    UnavailableError,
 )
 from longshore.wire import AnswerEvent, AnyRequest, Hop, Report, Segment, Usage, usage_of
 from longshore_server.admission import Admission
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 _MAX_BUFFERED_EVENTS = 256
 _DEADLINE_GRACE_S = 0.25  # the engine is asked to end it first, and says how far it came
 _CLOSE_TIMEOUT_S = 5.0
+_DRAIN_POLL_S = 0.02
 
 
 class AnswerService:
@@ -71,24 +73,40 @@ class AnswerService:
             on_waiting=metrics.admission_waiting,
             clock=clock,
         )
-        self._in_flight: set[tuple[str, str, int]] = set()
+        self._in_flight: dict[tuple[str, str, int], AnswerStream] = {}
+        self._is_draining = False
 
     async def plan(self, request: AnyRequest, caller: Caller, request_id: str, arrived_s: float) -> Plan:
         """Check a request and put it into tokens; raises a RequestError."""
         return await self._planner.plan(request, caller, request_id, arrived_s)
 
     def open(self, plan: Plan) -> AnswerStream:
-        """Start the answer; raises DuplicateRequestError. The caller must `aclose` the stream."""
+        """Start the answer; the caller must `aclose` the stream.
+
+        Raises DuplicateRequestError, and UnavailableError once the draining has begun.
+        """
+        if self._is_draining:
+            raise _shutting_down(self.config.drain_timeout_s)
         if plan.key in self._in_flight:
             raise DuplicateRequestError("a request with this id is in flight", param="longshore.request_id")
-        self._in_flight.add(plan.key)
-        return AnswerStream(self, plan, on_end=lambda: self._in_flight.discard(plan.key))
+        stream = AnswerStream(self, plan, on_end=lambda: self._in_flight.pop(plan.key, None))
+        self._in_flight[plan.key] = stream
+        return stream
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, let answers finish for `timeout_s`, then end the rest with UnavailableError."""
+        self._is_draining = True
+        end_s = self.clock() + timeout_s
+        while self._in_flight and self.clock() < end_s:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        for stream in tuple(self._in_flight.values()):
+            stream.cancel(_shutting_down(self.config.drain_timeout_s))
 
 
 class AnswerStream:
     """One answer under way. `take` until `is_over`; `aclose` in any case, which aborts what still runs."""
 
-    def __init__(self, service: AnswerService, plan: Plan, *, on_end: Callable[[], None]) -> None:
+    def __init__(self, service: AnswerService, plan: Plan, *, on_end: Callable[[], object]) -> None:
         self.plan = plan
         self._service = service
         self._buffer: EventBuffer[AnswerEvent] = EventBuffer(_MAX_BUFFERED_EVENTS)
@@ -120,10 +138,13 @@ class AnswerStream:
         return await self._buffer.take(timeout_s)
 
     def cancel(self, error: LongshoreError | None = None) -> None:
-        """End the answer at once; what was not taken is dropped and `take` raises `error`."""
-        if not self._task.done():
+        """End the answer at once; what was not taken is dropped and `take` raises `error`.
+
+        Without an `error` it was the client that left.
+        """
+        if error is None and not self._task.done():
             self._service.metrics.cancelled.inc()
-        self._buffer.close(error or CancelledError("the client left"), discard=True)
+        self._buffer.close(self._told(error or CancelledError("the client left")), discard=True)
         self._task.cancel()
 
     async def aclose(self) -> None:
@@ -146,10 +167,12 @@ class AnswerStream:
             logger.exception("request %s failed", self.plan.request_id)
             error = InternalError("the answer failed inside the server")
         finally:
-            if error is not None:
-                error.request_id = self.plan.request_id
-                error.tokens_delivered = self._num_new_tokens or None
-            self._buffer.close(error)
+            self._buffer.close(None if error is None else self._told(error))
+
+    def _told(self, error: LongshoreError) -> LongshoreError:
+        error.request_id = self.plan.request_id
+        error.tokens_delivered = self._num_new_tokens or None
+        return error
 
     async def _answer_in_time(self) -> None:
         plan, now_s = self.plan, self._service.clock()
@@ -294,3 +317,7 @@ def _flatten(errors: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     for error in errors.exceptions:
         found += _flatten(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
+
+
+def _shutting_down(retry_after_s: float) -> UnavailableError:
+    return UnavailableError("this core is shutting down", retry_after_s=retry_after_s)

@@ -55,14 +55,30 @@ class SharedListenerServer(Server):
 
 
 async def serve(app: Any, listener_fd: int, config: CoreConfig, status: StatusPipe) -> None:
-    """Serves until SIGTERM; tells the supervisor once requests would be answered."""
+    """Serves until SIGTERM; tells the supervisor once requests would be answered.
+
+    On SIGTERM answers may finish, those that can't are ended with a typed error, and then it stops.
+    """
     server = SharedListenerServer(app, listener_fd, config)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
+    stopping: set[asyncio.Task[None]] = set()
+
+    def on_signal() -> None:
+        if not stopping:
+            stopping.add(asyncio.create_task(_drain_and_stop(app, server)))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_signal)
     telling = asyncio.create_task(_tell_when_ready(app, status))
     try:
         await server.serve()
     finally:
         telling.cancel()
+
+
+async def _drain_and_stop(app: Any, server: Server) -> None:
+    try:
+        await app.state.drain()
+    finally:
+        server.stop()
 
 
 async def _tell_when_ready(app: Any, status: StatusPipe) -> None:

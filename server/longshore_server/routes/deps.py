@@ -15,9 +15,11 @@ from longshore_server.auth import Authenticator, Caller
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine
 from longshore_server.generation import AnswerService
+from longshore_server.routes.socket import SocketSession
 from longshore_server.telemetry.metrics import Metrics
 
 _START_WAIT_S = 1.0  # covers a worker that is a moment behind its siblings; a model that loads takes longer
+_GOODBYE_S = 1.0  # of the draining time, for telling clients whose answers were not finished
 
 
 @dataclass(slots=True)
@@ -31,6 +33,16 @@ class Parts:
     service: AnswerService | None = None
     is_draining: bool = False
     has_started: asyncio.Event = field(default_factory=asyncio.Event)
+    sockets: set[SocketSession] = field(default_factory=set)
+
+    async def drain(self) -> None:
+        """End this worker's work in good order, within `drain_timeout_s`; /readyz is false from here on."""
+        self.is_draining = True
+        timeout_s = self.config.drain_timeout_s
+        if self.service is not None:
+            await self.service.drain(max(timeout_s - _GOODBYE_S, timeout_s / 2))
+        for session in tuple(self.sockets):
+            await session.say_goodbye()
 
 
 def parts_of(connection: HTTPConnection) -> Parts:

@@ -7,6 +7,7 @@ socket: when the client leaves, every generation is ended in the engine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 _IDLE_TIMEOUT_S = 300.0
 _IDLE_CHECK_S = 5.0
 _CLOSE_TIMEOUT_S = 10.0
+_GOODBYE_TIMEOUT_S = 0.5
+_CLOSE_HANDSHAKE_S = 0.5
 _GOING_AWAY, _TRY_AGAIN_LATER = 1001, 1013  # RFC 6455, section 7.4.1
 
 
@@ -94,17 +97,29 @@ class SocketSession:
         self._generations: dict[str, _Generation] = {}
         self._sending = asyncio.Lock()
         self._is_closed = False
+        self._serving: asyncio.Task[None] | None = None
         self._last_message_s = service.clock()
 
     async def serve(self) -> None:
         """Read messages until the client leaves, then end what still runs."""
         watchdog = asyncio.create_task(self._close_when_idle())
+        self._serving = asyncio.current_task()
         try:
             while (frame := await self._frame()) is not None:
                 await self._read(frame)
+        except asyncio.CancelledError:
+            if not self._is_closed:
+                raise  # else the client did not answer our close in time
         finally:
             self._is_closed = True
             await self._end([watchdog, *(item.task for item in self._generations.values())])
+
+    async def say_goodbye(self) -> None:
+        """Close the socket once the generations have told how they ended: this worker is going."""
+        tasks = [item.task for item in self._generations.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=_GOODBYE_TIMEOUT_S)
+        await self._close(_GOING_AWAY)
 
     async def _frame(self) -> str | bytes | None:
         message = await self._websocket.receive()
@@ -218,7 +233,11 @@ class SocketSession:
     async def _close(self, code: int) -> None:
         if not self._is_closed:
             self._is_closed = True
-            await self._websocket.close(code)
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
+                async with asyncio.timeout(_CLOSE_HANDSHAKE_S):
+                    await self._websocket.close(code)
+            if self._serving is not None:
+                asyncio.get_running_loop().call_later(_CLOSE_HANDSHAKE_S, self._serving.cancel)
 
     async def _close_when_idle(self) -> None:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
@@ -17,6 +16,7 @@ from longshore.tier_process import TierProcess
 from .conftest import MAX_IN_FLIGHT, Core, chat, long_chat, metric, settings
 
 CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.slow  # starts a core of its own
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +25,7 @@ def two_workers(core: Core, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     edge_key = PrivateKey.generate()
     config.write_text("workers = 2\n" + settings(Core("", core.model_dir, edge_key)))
     with TierProcess(["serve", "--config", str(config)], environment={"OMP_NUM_THREADS": "1"}) as process:
-        _wait_until_all_are_ready(process.url)
         yield Core(process.url, core.model_dir, edge_key)
-
-
-def _wait_until_all_are_ready(url: str) -> None:
-    """The core is ready once one worker is; here both must be."""
-    num_ready, end_s = 0, time.monotonic() + 60
-    while num_ready < 20:
-        assert time.monotonic() < end_s
-        is_ready = httpx2.get(url + "/readyz").status_code == 200  # a new connection each time
-        num_ready = num_ready + 1 if is_ready else 0
 
 
 async def test_metrics_are_the_sum_over_workers(two_workers: Core) -> None:
