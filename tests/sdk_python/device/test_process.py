@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import os
 import shutil
@@ -13,10 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longshore.bundle import load_bundle
 from longshore.device import DeviceSettings, Student
 from longshore.device.frames import MAX_FRAME_BYTES, read_frame, write_frame
 from longshore.errors import (
@@ -27,7 +32,7 @@ from longshore.errors import (
     LongshoreError,
     MalformedBodyError,
 )
-from longshore.wire import decode_completion_request
+from longshore.wire import BundleFile, decode_completion_request, dump_json, encode
 from longshore_export.bundle import export_student
 from tiny_models import config_of, write_model
 
@@ -92,6 +97,25 @@ def test_a_process_that_stalls_is_ended_after_its_grace(bundle_dir: Path) -> Non
         assert 0.2 < time.monotonic() - begin_s < 5
         until(lambda: not is_running(pid))
         assert len(list(student.stream(SHORT))) == 4
+
+
+def test_a_model_that_fails_is_a_typed_error_each_time(bundle_dir: Path, tmp_path: Path) -> None:
+    """A weight that is not a number: found at the first token, told, and the process started anew."""
+    folder = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
+    model = onnx.load(folder / "model.onnx")
+    norm = next(item for item in model.graph.initializer if item.name == "model.norm.weight")
+    norm.raw_data = np.full(norm.dims[0], np.nan, np.float32).tobytes()
+    data = model.SerializeToString()
+    manifest = load_bundle(folder)
+    (folder / "model.onnx").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    files = [BundleFile("model.onnx", len(data), digest), *manifest.files[1:]]
+    body = dump_json(encode(dataclasses.replace(manifest, files=tuple(files))))
+    (folder / "manifest.json").write_bytes(body)
+    with Student(folder, settings=DeviceSettings(calibration_s=0)) as student:
+        for _ in range(3):
+            with pytest.raises(DeviceError, match="not finite"):
+                list(student.stream(SHORT))
 
 
 def test_a_closed_student_answers_with_a_typed_error(own_student: Student) -> None:

@@ -14,6 +14,7 @@ from longshore.device import randomness, seeds
 from longshore.device.sampling import Sampler, SamplingSettings
 from longshore_server.choice import sub_seed as core_sub_seed
 from longshore_server.native import randomness as core_randomness
+from longshore_server.native import seeds as core_seeds
 from longshore_server.native.sampler import sample as core_sample
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.sequence import Sequence
@@ -25,7 +26,7 @@ POSITIONS = st.integers(0, 2**20)
 
 @given(SEEDS, POSITIONS)
 def test_keys_are_the_cores(seed: int, position: int) -> None:
-    assert seeds.row_keys(seed, position) == core_randomness.row_keys(seed, position)
+    assert seeds.row_keys(seed, position) == core_seeds.row_keys(seed, position)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 16))
@@ -95,6 +96,22 @@ def test_choices_are_the_cores(
     assert [token_id for token_id, _ in ours.top_logprobs] == [
         token_id for token_id, _ in theirs.top_logprobs
     ]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"frequency_penalty": 1.0}, {"presence_penalty": 2.0}, {"repetition_penalty": 1.5}]
+)
+def test_penalties_follow_the_answer_as_the_cores_do(fields: dict[str, float]) -> None:
+    logits = np.random.default_rng(3).standard_normal(VOCAB_SIZE).astype(np.float32) * 2
+    sampler = Sampler(SamplingSettings(temperature=0, **fields), VOCAB_SIZE, [0])
+    params = SamplingParams(max_tokens=1000, temperature=0, **fields)
+    sequence = Sequence("r", [0], params, max_model_len=4096)
+    ours, theirs = [], []
+    for _ in range(12):
+        ours.append(sampler.sample(logits).token_id)
+        theirs.append(core_sample(torch.from_numpy(logits)[None], [sequence])[0].token_id)
+        sequence.append(theirs[-1])
+    assert ours == theirs and len(set(ours)) > 1
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.2}])
