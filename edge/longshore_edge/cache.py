@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import queue
 import sqlite3
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,21 +82,21 @@ def answer_key(tenant: str, model_digest: str, request: AnyRequest) -> bytes:
 class KeyMemo:
     """Keys already made, by the request object itself: equal small bodies share one (see app.parse_request).
 
-    Holds the request with its key, so that its identity can't pass to another.
+    Requests are held weakly: a large one must not live on for its key's sake.
     """
 
     def __init__(self, max_entries: int = 512) -> None:
         self._max_entries = max_entries
-        self._made: OrderedDict[tuple[int, str, str], tuple[AnyRequest, bytes]] = OrderedDict()
+        self._made: OrderedDict[tuple[int, str, str], tuple[weakref.ref[AnyRequest], bytes]] = OrderedDict()
 
     def key_of(self, tenant: str, model_digest: str, request: AnyRequest) -> bytes:
         """`answer_key`, from memory where it was made before."""
         place = (id(request), tenant, model_digest)
         made = self._made.get(place)
-        if made is not None:
+        if made is not None and made[0]() is request:  # else the identity passed to another request
             return made[1]
         key = answer_key(tenant, model_digest, request)
-        self._made[place] = (request, key)
+        self._made[place] = (weakref.ref(request), key)
         if len(self._made) > self._max_entries:
             self._made.popitem(last=False)
         return key

@@ -26,6 +26,7 @@ from longshore_edge.config import EdgeConfig
 from longshore_edge.cores import Core, Fleet, Lease
 from longshore_edge.health import RetryBudget
 from longshore_edge.metrics import Metrics
+from longshore_edge.recording import RecordedStream, ReplayedStream
 from longshore_edge.student import EdgeStudent
 from longshore_edge.upstream import Upstream
 
@@ -62,7 +63,8 @@ class Relay:
         """
         key = call.cache_key
         if key is None or self.cache is None:
-            return await self._climb(call)
+            answer = await self._climb(call)
+            return self._kept_for_last_resort(call, answer)
         await self.flights.enter(key)
         hand_over = False
         try:
@@ -75,7 +77,7 @@ class Relay:
                 self._store_whole(call, key, answer)
             else:
                 hand_over = True
-                return RecordedStream(answer, call, key, self)
+                return self._recorded(answer, call, key, lambda: self.flights.leave(key))
             return answer
         finally:
             if not hand_over:
@@ -111,6 +113,16 @@ class Relay:
             return ReplayedStream(body)
         return WholeAnswer(body, is_cacheable=False)
 
+    def _kept_for_last_resort(self, call: Call, answer: Answer) -> Answer:
+        """The answer to a request that the cache answers at the very last, stored if the settings say so."""
+        key = self._last_resort_key(call)
+        if key is None:
+            return answer
+        if not isinstance(answer, WholeAnswer):
+            return self._recorded(answer, call, key, None)
+        self._store_whole(call, key, answer)
+        return answer
+
     async def _from_stored_stream(self, call: Call) -> Entry | None:
         """A whole answer made of the stream that the same request got before."""
         assert self.cache is not None
@@ -131,8 +143,15 @@ class Relay:
         if body is not None and len(body) <= self.config.cache_max_entry_bytes:
             self.cache.put(key, body)
 
-    def store_stream(self, call: Call, key: bytes, blocks: list[bytes]) -> None:
-        """Keep a stream that came to its end."""
+    def _recorded(
+        self, answer: StreamAnswer, call: Call, key: bytes, on_close: Callable[[], None] | None
+    ) -> RecordedStream:
+        max_bytes = self.config.cache_max_entry_bytes
+        return RecordedStream(
+            answer, lambda blocks: self._store_stream(call, key, blocks), max_bytes, on_close
+        )
+
+    def _store_stream(self, call: Call, key: bytes, blocks: list[bytes]) -> None:
         assert self.cache is not None
         made = stored.store_stream(blocks, call)
         if made is not None and made[1] == self.fleet.digest_of(call.request.model):
@@ -303,71 +322,6 @@ class Relay:
     def _retry_after_s(self) -> float:
         waits = [core.breaker.retry_in_s() for core in self.fleet.cores.values()]
         return max(_RETRY_AFTER_S, min(waits, default=_RETRY_AFTER_S))
-
-
-class ReplayedStream:
-    """A stored stream, sent again as one block."""
-
-    is_cacheable = False
-    num_tokens = 0
-
-    def __init__(self, block: bytes) -> None:
-        self._block: bytes | None = block
-
-    async def next_block(self) -> bytes | None:
-        """The block once, then None."""
-        block, self._block = self._block, None
-        return block
-
-    async def close(self) -> None:
-        """Nothing is held."""
-
-
-class RecordedStream:
-    """Passes a stream on and stores it at its end; in any case it lets the next request of its key go."""
-
-    def __init__(self, inner: StreamAnswer, call: Call, key: bytes, relay: Relay) -> None:
-        self._inner = inner
-        self._call = call
-        self._key = key
-        self._relay = relay
-        self._blocks: list[bytes] | None = [] if inner.is_cacheable else None
-        self._size_bytes = 0
-        self._is_open = True
-        self.is_cacheable = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Token chunks passed on."""
-        return self._inner.num_tokens
-
-    async def next_block(self) -> bytes | None:
-        """The inner stream's next block."""
-        block = await self._inner.next_block()
-        if self._blocks is not None:
-            if block is None:
-                self._relay.store_stream(self._call, self._key, self._blocks)
-                self._blocks = None
-            else:
-                self._keep(block)
-        return block
-
-    async def close(self) -> None:
-        """Close the inner stream and let the next one in."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        try:
-            await self._inner.close()
-        finally:
-            self._relay.flights.leave(self._key)
-
-    def _keep(self, block: bytes) -> None:
-        assert self._blocks is not None
-        self._blocks.append(block)
-        self._size_bytes += len(block)
-        if self._size_bytes > self._relay.config.cache_max_entry_bytes:
-            self._blocks = None
 
 
 def _streamed_twin(call: Call) -> Call | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from longshore_edge.cache import (
     AnswerCache,
     DiskStore,
     Entry,
+    KeyMemo,
     MemoryLru,
     SingleFlight,
     answer_key,
@@ -189,3 +191,14 @@ async def test_single_flight_lets_one_in_and_survives_cancelled_waiters() -> Non
     await asyncio.gather(*tasks, return_exceptions=True)
     assert most == 1
     assert len(flights) == 0
+
+
+def test_keys_are_remembered_for_the_very_request_and_hold_nothing() -> None:
+    memo = KeyMemo(max_entries=2)
+    for seed in range(50):  # identities are used again as requests go
+        asked = request(seed=seed)
+        assert memo.key_of("t", "d", asked) == memo.key_of("t", "d", asked) == answer_key("t", "d", asked)
+        assert memo.key_of("u", "d", asked) != memo.key_of("t", "d", asked)
+    gone = weakref.ref(asked)
+    del asked
+    assert gone() is None

@@ -181,6 +181,27 @@ async def test_an_old_answer_is_better_than_none(tmp_path: Path) -> None:
             assert (await ask(session, fresh()))[0] == 503
 
 
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+async def test_sampled_answers_are_kept_for_the_last_resort(tmp_path: Path, is_stream: bool) -> None:
+    request = chat(temperature=1.0)
+
+    async def report(session: aiohttp.ClientSession) -> dict[str, Any]:
+        if is_stream:
+            return report_of(await stream(session, request))
+        return (await ask(session, request))[1]["longshore"]
+
+    with (
+        start_core("core-a") as core,
+        start_edge(tmp_path, edge_toml([core], 'cache_sampled = "last-resort"')) as edge,
+    ):
+        async with session_to(edge) as session:
+            for _ in range(2):
+                assert not (await report(session)).get("cached")
+            core.kill()
+            await asyncio.sleep(0.3)
+            assert (await report(session))["cached"]
+
+
 async def ask_on_fresh_connections(url: str, key: str, request: Any, count: int) -> set[bool]:
     """Whether the answers were cached, each over a connection of its own, so that every worker is met."""
     found = set()
