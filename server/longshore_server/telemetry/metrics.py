@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from longshore.errors import InternalError, LongshoreError
+from longshore.errors import LongshoreError
 from longshore_server.engines.base import EngineStats
 from longshore_server.telemetry import shared
 from longshore_server.telemetry.probes import GpuProbe, HostProbe
@@ -114,9 +114,8 @@ class Metrics:
         self._success.labels(self._model_name, finish_reason).inc()
 
     def error(self, error: LongshoreError) -> None:
-        """Count an error that a client was told."""
-        code = error.code if type(error).code == error.code else InternalError.code
-        self._errors.labels(self._model_name, code).inc()
+        """Count an error that a client was told; codes belong to the classes of the error tree."""
+        self._errors.labels(self._model_name, error.code).inc()
 
     def admission_waiting(self, num_waiting: int) -> None:
         """Tell how many requests of this worker wait for a turn."""

@@ -46,7 +46,7 @@ async def _last_message(socket: ClientConnection) -> dict[str, Any]:
 async def test_sigterm_ends_what_can_not_finish_with_a_typed_error(core: Core, tmp_path: Path) -> None:
     """The answers are longer than the time to finish them."""
     config = tmp_path / "core.toml"
-    config.write_text("drain_timeout_s = 3.0\n" + settings(Core("", core.model_dir, PrivateKey.generate())))
+    config.write_text("drain_timeout_s = 2.0\n" + settings(Core("", core.model_dir, PrivateKey.generate())))
     with TierProcess(["serve", "--config", str(config)], environment={"OMP_NUM_THREADS": "1"}) as process:
         url = process.url.replace("http", "ws") + "/v1/stream"
         async with (
