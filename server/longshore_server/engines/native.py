@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from itertools import count
 
@@ -27,6 +26,7 @@ from longshore.errors import (
 )
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import EngineStats, EngineToken, GenerateJob, ModelInfo
+from longshore_server.engines.in_flight import InFlight, engine_token
 from longshore_server.ipc import (
     HELLO_TIMEOUT_S,
     PROTOCOL_VERSION,
@@ -61,42 +61,6 @@ _DEADLINE_GRACE_S = 1.0
 _RETRY_AFTER_S = 1.0
 
 
-class _InFlight:
-    """One job: what was received of it, what of that is unread, and how often it was replayed."""
-
-    def __init__(self, job: GenerateJob) -> None:
-        self.job = job
-        self.stream = -1  # the number under which the engine knows it now; -1 while it does not
-        self.received: list[int] = []
-        self.unread: deque[EngineToken] = deque()
-        self.error: LongshoreError | None = None
-        self.has_ended = False
-        self.is_parked = False
-        self.num_replays = 0
-        self.news = asyncio.Event()
-
-    @property
-    def continue_from(self) -> tuple[int, ...]:
-        return (*self.job.continue_from, *self.received)
-
-    @property
-    def next_offset(self) -> int:
-        return len(self.job.continue_from) + len(self.received)
-
-    def take(self, token: EngineToken) -> None:
-        if token.token_id is not None:
-            self.received.append(token.token_id)
-        self.has_ended = token.finish_reason is not None
-        self.unread.append(token)
-        self.news.set()
-
-    def fail(self, error: LongshoreError) -> None:
-        if not self.has_ended:
-            self.has_ended = True
-            self.error = error
-            self.news.set()
-
-
 class NativeEngineClient:
     """Engine over the socket of an engine process.
 
@@ -126,8 +90,8 @@ class NativeEngineClient:
         self._replay_wait_s = replay_wait_s
         self._max_unread_tokens = max_unread_tokens
         self._numbers = count()
-        self._jobs: dict[_InFlight, None] = {}  # in order of arrival
-        self._streams: dict[int, _InFlight] = {}
+        self._jobs: dict[InFlight, None] = {}  # in order of arrival
+        self._streams: dict[int, InFlight] = {}
         self._ready: Ready | None = None
         self._first_ready = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
@@ -203,7 +167,7 @@ class NativeEngineClient:
 
     async def generate(self, job: GenerateJob) -> AsyncIterator[EngineToken]:
         """The job's tokens; see Engine. Raises UnavailableError at once while there is no engine."""
-        flight = _InFlight(job)
+        flight = InFlight(job)
         self._submit(flight)
         self._jobs[flight] = None
         timer = self._deadline_timer(flight)
@@ -221,7 +185,7 @@ class NativeEngineClient:
 
     # -- one job -------------------------------------------------------------------------------
 
-    async def _next(self, flight: _InFlight) -> EngineToken:
+    async def _next(self, flight: InFlight) -> EngineToken:
         while not flight.unread:
             if flight.error is not None:
                 raise flight.error
@@ -233,20 +197,20 @@ class NativeEngineClient:
             await flight.news.wait()
         return flight.unread.popleft()
 
-    def _deadline_timer(self, flight: _InFlight) -> asyncio.TimerHandle | None:
+    def _deadline_timer(self, flight: InFlight) -> asyncio.TimerHandle | None:
         """Ends the job a little after its deadline, which the engine keeps itself unless it is dead."""
         if flight.job.deadline_s is None:
             return None
         delay_s = flight.job.deadline_s + _DEADLINE_GRACE_S - time.monotonic()
         return asyncio.get_running_loop().call_later(delay_s, self._expire, flight)
 
-    def _expire(self, flight: _InFlight) -> None:
+    def _expire(self, flight: InFlight) -> None:
         self._withdraw(flight)
         num_tokens = len(flight.received)
         words = f"the deadline passed after {num_tokens} tokens"
         flight.fail(DeadlineExceededError(words, tokens_delivered=num_tokens))
 
-    def _submit(self, flight: _InFlight, *, replay: bool = False) -> None:
+    def _submit(self, flight: InFlight, *, replay: bool = False) -> None:
         job = flight.job
         remaining_s = None if job.deadline_s is None else job.deadline_s - time.monotonic()
         stream = next(self._numbers)
@@ -266,7 +230,7 @@ class NativeEngineClient:
         flight.stream = stream
         self._streams[stream] = flight
 
-    def _withdraw(self, flight: _InFlight) -> None:
+    def _withdraw(self, flight: InFlight) -> None:
         """Takes a job out of the engine, if it is there and has not ended."""
         is_known = self._streams.pop(flight.stream, None) is not None
         if is_known and not flight.has_ended:
@@ -316,7 +280,7 @@ class NativeEngineClient:
             self._withdraw(flight)
             flight.fail(InternalError(f"token {item.offset} came where {flight.next_offset} was due"))
             return
-        flight.take(_token(item))
+        flight.take(engine_token(item))
         if flight.has_ended:
             del self._streams[item.stream]
         elif len(flight.unread) >= self._max_unread_tokens:
@@ -408,7 +372,7 @@ class NativeEngineClient:
             if not blamed or flight.job.request_id == blamed:
                 flight.num_replays += 1
             if flight.num_replays > self._max_replays:
-                flight.fail(_killed_engine(flight))
+                flight.fail(flight.killed_engine())
                 continue
             self._num_replays += 1
             try:
@@ -423,22 +387,3 @@ class NativeEngineClient:
     def _fail_all(self, error: LongshoreError) -> None:
         for flight in self._jobs:
             flight.fail(type(error)(error.message, tokens_delivered=len(flight.received)))
-
-
-def _killed_engine(flight: _InFlight) -> EngineFailedError:
-    return EngineFailedError(
-        f"the engine died {flight.num_replays} times while it had this request",
-        tokens_delivered=len(flight.received),
-    )
-
-
-def _token(item: TokenItem) -> EngineToken:
-    return EngineToken(
-        token_id=item.token_id,
-        offset=item.offset,
-        logprob=item.logprob,
-        top_logprobs=item.top_logprobs,
-        finish_reason=item.finish_reason,
-        num_cached_tokens=min(item.num_cached_tokens, item.num_prompt_tokens),
-        num_prompt_tokens=item.num_prompt_tokens,
-    )
