@@ -128,8 +128,17 @@ def test_draws_follow_the_distribution(settings) -> None:
     assert chi_square < degrees + 5 * np.sqrt(2 * degrees) + 5
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.999}, {"top_k": 700}, {"min_p": 1e-4}], ids=str)
-def test_filters_that_keep_more_than_the_first_candidates(settings) -> None:
+WIDE_FILTERS = [
+    {"top_p": 0.999},
+    {"top_p": 0.2},  # decided by the first candidates, as a share of the whole vocabulary's mass
+    {"top_k": 700},
+    {"top_k": 700, "top_p": 0.2},
+    {"min_p": 1e-4},
+]
+
+
+@pytest.mark.parametrize("settings", WIDE_FILTERS, ids=str)
+def test_filters_over_a_vocabulary_larger_than_the_first_candidates(settings) -> None:
     vocab = 4 * NUM_FILTER_CANDIDATES
     logits = _logits(1, seed=2, vocab=vocab) * 0.1  # nearly flat: hundreds of tokens are kept
     sequences = [_sequence(seed=seed, **settings) for seed in range(3000)]
