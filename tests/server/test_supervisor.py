@@ -34,9 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("supervisor") / "tiny")
 
 
-def serve(model: Path, *flags: str) -> TierProcess:
+def serve(model: Path, *flags: str, **environment: str) -> TierProcess:
     arguments = ["serve", "--model", str(model), "--load-format", "random", "--port", "0", *flags]
-    return TierProcess([*arguments, "--set", "batch_invariant=true"], environment=ENVIRONMENT)
+    return TierProcess([*arguments, "--set", "batch_invariant=true"], environment=ENVIRONMENT | environment)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,8 @@ def test_a_drain_has_an_end_and_ctrl_c_is_a_stop(model: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_supervisor_takes_its_children_along(model: Path) -> None:
-    with serve(model) as core:
+    # It can't remove its private folder any more, so that stands in a folder of the test's.
+    with tempfile.TemporaryDirectory() as folder, serve(model, TMPDIR=folder) as core:
         everything = children(core)
         assert len(everything) == 2
         os.kill(core.pid, signal.SIGKILL)
