@@ -62,9 +62,11 @@ class AnswerService:
         self.metrics = metrics
         self.clock = clock
         # Twice what the engine runs at once keeps its batch full; those that wait in it go by lane, too.
-        places_in_engine = (config.max_num_seqs + config.max_waiting) // config.workers
+        # Half of its places stay free for jobs that have ended here and of which it has not heard yet.
+        places = (config.max_num_seqs + config.max_waiting) // config.workers
+        max_running = min(2 * config.max_num_seqs, max(config.max_num_seqs // config.workers, places // 2))
         self.admission = Admission(
-            max_running=max(min(2 * config.max_num_seqs, places_in_engine), 1),
+            max_running=max(max_running, 1),
             max_waiting=-(-config.max_waiting // config.workers),
             max_per_tenant=config.max_in_flight_per_tenant,
             peers=PeerCounts(folder)
@@ -117,6 +119,7 @@ class AnswerStream:
         self._last_token_s = [plan.arrived_s] * len(plan.jobs)
         self._num_new_tokens = 0
         self._num_cached_tokens = 0
+        self._was_resumed = False
         self._task = asyncio.create_task(self._run(), name=f"answer-{plan.request_id}")
         self._task.add_done_callback(lambda _: on_end())  # also for a task that was never begun
 
@@ -246,6 +249,7 @@ class AnswerStream:
     def _note(self, index: int, token: EngineToken) -> None:
         now_s, metrics = self._service.clock(), self._service.metrics
         self._num_cached_tokens = max(self._num_cached_tokens, token.num_cached_tokens)
+        self._was_resumed = self._was_resumed or token.was_resumed
         if token.token_id is None:
             return
         self._num_new_tokens += 1
@@ -288,7 +292,7 @@ class AnswerStream:
             served_by="core",
             node=node,
             model_digest=digest,
-            resumed=is_resumed,
+            resumed=is_resumed or self._was_resumed,
             hops=(self._hop(node),),
             segments=(segment,) if is_resumed else (),
         )

@@ -94,7 +94,8 @@ class SocketSession:
         self._websocket = websocket
         self._caller = caller
         self._service = service
-        self._generations: dict[str, _Generation] = {}
+        self._generations: dict[str, _Generation] = {}  # whose end has not been told yet
+        self._tasks: set[asyncio.Task[None]] = set()
         self._sending = asyncio.Lock()
         self._is_closed = False
         self._serving: asyncio.Task[None] | None = None
@@ -112,13 +113,12 @@ class SocketSession:
                 raise  # else the client did not answer our close in time
         finally:
             self._is_closed = True
-            await self._end([watchdog, *(item.task for item in self._generations.values())])
+            await self._end([watchdog, *self._tasks])
 
     async def say_goodbye(self) -> None:
         """Close the socket once the generations have told how they ended: this worker is going."""
-        tasks = [item.task for item in self._generations.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=_GOODBYE_TIMEOUT_S)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_GOODBYE_TIMEOUT_S)
         await self._close(_GOING_AWAY)
 
     async def _frame(self) -> str | bytes | None:
@@ -172,7 +172,8 @@ class SocketSession:
         credit = Credit(message.credit)
         task = asyncio.create_task(self._generate(message, credit), name=f"generation-{message.id}")
         self._generations[message.id] = _Generation(credit, task)
-        task.add_done_callback(lambda _: self._generations.pop(message.id, None))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # -- one generation ------------------------------------------------------------------------
 
@@ -180,15 +181,20 @@ class SocketSession:
         try:
             await self._answer(message, credit)
         except LongshoreError as error:
-            await self._fail(message.id, error)
+            await self._fail_generation(message.id, error)
         except asyncio.CancelledError:
             if not self._is_closed:
-                await self._fail(message.id, CancelledError("cancelled by the client"))
+                await self._fail_generation(message.id, CancelledError("cancelled by the client"))
         except WebSocketDisconnect:
             pass
         except Exception:
             logger.exception("generation %s failed", message.id)
-            await self._fail(message.id, InternalError("the generation failed inside the server"))
+            bug = InternalError("the generation failed inside the server")
+            await self._fail_generation(message.id, bug)
+
+    async def _fail_generation(self, name: str, error: LongshoreError) -> None:
+        self._generations.pop(name, None)
+        await self._fail(name, error)
 
     async def _answer(self, message: GenerateMessage, credit: Credit) -> None:
         request = message.request
@@ -211,6 +217,8 @@ class SocketSession:
                     await credit.spend(self._service.config.reader_timeout_s)
                 else:
                     num_open -= 1
+                    if num_open == 0:  # once the client has read the end it may use the id again
+                        self._generations.pop(name, None)
                 await self._send(_message(name, event, is_last=num_open == 0))
 
     # -- messages out --------------------------------------------------------------------------

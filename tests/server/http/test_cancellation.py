@@ -22,8 +22,8 @@ def _client(core: Core, http2: bool) -> httpx2.AsyncClient:
 
 async def _until_running(http: httpx2.AsyncClient, num: int) -> None:
     end_s = time.monotonic() + 5
-    while await metric(http, "vllm:num_requests_running") < num:
-        assert time.monotonic() < end_s, "the request never began"
+    while (running := await metric(http, "vllm:num_requests_running")) < num:
+        assert time.monotonic() < end_s, f"{running} of {num} requests began"
         await asyncio.sleep(0.01)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -226,34 +227,38 @@ def test_over_the_keys_own_limit_is_429_with_retry_after(client: openai.OpenAI) 
 
 
 def test_vips_pass_the_line(core: Core) -> None:
-    """With every slot taken by others, a VIP that came last starts before the standard ones that wait."""
+    """With every slot taken, a VIP that came last starts before the standard one that waits."""
     started: list[str] = []
 
     def ask(name: str, key: str, **fields: Any) -> None:
         with core.openai(key) as client:
-            for _ in _ask(client, stream=True, **fields):
+            for _ in _ask(client, stream=True, max_tokens=2, n=4, **fields):
                 started.append(name)
                 break
 
-    with core.openai() as client, core.openai(core.vip_key) as vip:
-        held = [
-            _ask(who, stream=True, n=4, max_tokens=150, extra_body={"ignore_eos": True})
-            for who in (client, client, vip, vip)
+    waiting = [
+        threading.Thread(target=ask, args=("standard", core.key)),
+        threading.Thread(target=ask, args=("vip", core.vip_key), kwargs={"service_tier": "priority"}),
+    ]
+    with core.openai() as client:
+        held = [  # they fill all slots and end one after the other
+            _ask(client, stream=True, n=4, max_tokens=max_tokens, extra_body={"ignore_eos": True})
+            for max_tokens in (400, 600)
         ]
-        waiting = [
-            threading.Thread(target=ask, args=("standard", core.key), kwargs={"max_tokens": 2}),
-            threading.Thread(
-                target=ask,
-                args=("vip", core.vip_key),
-                kwargs={"max_tokens": 2, "service_tier": "priority"},
-            ),
-        ]
-        for thread in waiting:
+        for number, thread in enumerate(waiting, 1):
             thread.start()
-            time.sleep(0.3)
+            _until(core, "longshore:admission_waiting", number)
         for stream in held:
             for _ in stream:
                 pass
         for thread in waiting:
             thread.join(30)
     assert started == ["vip", "standard"]
+
+
+def _until(core: Core, name: str, value: int) -> None:
+    end_s = time.monotonic() + 10
+    wanted = f'{name}{{model_name="{MODEL}"}} {value}.0'
+    while wanted not in httpx2.get(f"{core.url}/metrics", headers=core.headers).text:
+        assert time.monotonic() < end_s, f"{name} does not become {value}"
+        time.sleep(0.02)
