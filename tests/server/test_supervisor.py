@@ -53,6 +53,7 @@ class Answer:
         self.text = ""
         self.finish_reason: str | None = None
         self.is_done = False
+        self.report: dict[str, Any] = {"resumed": False}  # the wire leaves out what is false
         self.error: dict[str, Any] | None = None
         body = {
             "model": "tiny",
@@ -95,6 +96,7 @@ class Answer:
         for choice in chunk["choices"]:
             self.text += choice["delta"].get("content") or ""
             self.finish_reason = choice["finish_reason"] or self.finish_reason
+        self.report |= chunk.get("longshore", {}).get("report", {})
         if mark := chunk.get("longshore", {}).get("mark"):
             self.tokens.append(mark["token_id"])
 
@@ -159,6 +161,7 @@ def test_answers_go_on_byte_for_byte_when_the_engine_is_killed(core: TierProcess
         assert answer.tokens == undisturbed.tokens
         assert (answer.text, answer.finish_reason) == (undisturbed.text, "length")
         assert answer.is_done
+        assert (undisturbed.report["resumed"], answer.report["resumed"]) == (False, True)
     assert len(whole[0].tokens) == 600
     assert children(core, "engine_process") != [engine]
 

@@ -74,7 +74,8 @@ class EngineToken:
 
     The last one of an answer carries `finish_reason`; a stop token is handed out as well and is no part of
     the text. `token_id` is None where an answer ends without a further token. Answers that end in any other
-    way (deadline, failure) raise instead.
+    way (deadline, failure) raise instead. `was_resumed` says that this answer has been taken up again from
+    its tokens so far, which may round differently where batches are not invariant.
     """
 
     token_id: int | None
@@ -84,6 +85,7 @@ class EngineToken:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     num_prompt_tokens: int = 0
+    was_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ class InFlight:
         self.error: LongshoreError | None = None
         self.has_ended = False
         self.is_parked = False
+        self.was_resumed = False
         self.num_replays = 0
         self.news = asyncio.Event()
 
@@ -52,7 +53,7 @@ class InFlight:
         )
 
 
-def engine_token(item: TokenItem) -> EngineToken:
+def engine_token(item: TokenItem, *, was_resumed: bool) -> EngineToken:
     """An output as it came over the socket, as the Engine protocol has it."""
     return EngineToken(
         token_id=item.token_id,
@@ -62,4 +63,5 @@ def engine_token(item: TokenItem) -> EngineToken:
         finish_reason=item.finish_reason,
         num_cached_tokens=min(item.num_cached_tokens, item.num_prompt_tokens),
         num_prompt_tokens=item.num_prompt_tokens,
+        was_resumed=was_resumed,
     )

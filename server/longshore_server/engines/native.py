@@ -228,6 +228,7 @@ class NativeEngineClient:
             )
         )
         flight.stream = stream
+        flight.was_resumed = flight.was_resumed or bool(flight.received)
         self._streams[stream] = flight
 
     def _withdraw(self, flight: InFlight) -> None:
@@ -280,7 +281,7 @@ class NativeEngineClient:
             self._withdraw(flight)
             flight.fail(InternalError(f"token {item.offset} came where {flight.next_offset} was due"))
             return
-        flight.take(engine_token(item))
+        flight.take(engine_token(item, was_resumed=flight.was_resumed))
         if flight.has_ended:
             del self._streams[item.stream]
         elif len(flight.unread) >= self._max_unread_tokens:
