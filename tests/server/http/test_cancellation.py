@@ -36,8 +36,8 @@ async def test_leaving_in_mid_stream(core: Core, http: httpx2.AsyncClient, http2
         _client(core, http2) as client,
         client.stream("POST", CHAT, json=long_chat(stream=True, n=n)) as response,
     ):
-        async for _ in response.aiter_bytes():
-            break
+        chunks = response.aiter_bytes()  # held: an iterator that is collected closes the connection
+        await anext(chunks)
         await _until_running(http, n)
     assert await eventually_idle(http, MAX_IDLE_S) < MAX_IDLE_S
     generated = await metric(http, "vllm:generation_tokens_total")

@@ -23,7 +23,11 @@ pytestmark = pytest.mark.slow  # starts a core of its own
 def two_workers(core: Core, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Core]:
     config = tmp_path_factory.mktemp("two") / "core.toml"
     edge_key = PrivateKey.generate()
-    config.write_text("workers = 2\n" + settings(Core("", core.model_dir, edge_key)))
+    text = settings(Core("", core.model_dir, edge_key))
+    text = text.replace(
+        "max_waiting = 8", "max_waiting = 64"
+    )  # so that the tenant's limit is what is met first
+    config.write_text("workers = 2\n" + text)
     with TierProcess(["serve", "--config", str(config)], environment={"OMP_NUM_THREADS": "1"}) as process:
         yield Core(process.url, core.model_dir, edge_key)
 

@@ -37,6 +37,7 @@ MAX_WAIT_S = 10.0
 @asynccontextmanager
 async def _open(core: Core, **options: Any) -> AsyncIterator[ClientConnection]:
     options.setdefault("additional_headers", core.headers)
+    options.setdefault("max_queue", None)  # else a client that stops reading does not see the close either
     url = core.url.replace("http://", "ws://") + "/v1/stream"
     async with connect(url, proxy=None, **options) as socket:
         yield socket
