@@ -244,8 +244,9 @@ class EdgeApp:
         await send_json(send, {"status": "ok", "node": self.worker.config.node})
 
     async def _readyz(self, scope: Scope, headers: RequestHeaders, receive: Receive, send: Send) -> None:
-        self.worker.check_ready()
-        await send_json(send, {"status": "ready", "node": self.worker.config.node})
+        ailments = self.worker.check_ready()
+        cores = {name: ailment or "ready" for name, ailment in ailments.items()}
+        await send_json(send, {"status": "ready", "node": self.worker.config.node, "cores": cores})
 
     async def _metrics(self, scope: Scope, headers: RequestHeaders, receive: Receive, send: Send) -> None:
         if not self.worker.config.open_metrics:

@@ -142,15 +142,17 @@ class Worker:
             cards.append(self._student.card())
         return cards
 
-    def check_ready(self) -> None:
-        """Raise UnavailableError when nothing here could answer."""
-        cores = self._fleet.cores.values()
-        ailing = [f"{core.name}: {core.ailment()}" for core in cores if not core.is_well()]
-        if len(ailing) < len(cores):
-            return
+    def check_ready(self) -> dict[str, str]:
+        """What ails each core, "" for a well one. Raises UnavailableError when nothing here could answer."""
+        ailments = {
+            core.name: "" if core.is_well() else core.ailment() for core in self._fleet.cores.values()
+        }
+        if not all(ailments.values()):
+            return ailments
+        ailing = [f"{name}: {ailment}" for name, ailment in ailments.items()]
         if self._student is not None:
             if self._student.is_ready:
-                return
+                return ailments
             ailing.append(f"student: {self._student.not_ready_reason}")
         raise UnavailableError("; ".join(ailing), retry_after_s=1.0)
 

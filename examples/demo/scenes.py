@@ -10,10 +10,10 @@ from random import Random
 
 import psutil
 
+from demo import tiers
 from demo.claims import Claims
 from demo.questions import Case, case, cases
 from demo.table import Row, Table
-from demo.tiers import MODEL_NAME
 from longshore import AsyncClient
 from longshore.errors import AnswerInterruptedError
 from longshore.tier_process import TierProcess
@@ -33,7 +33,7 @@ async def ask(
     """Ask one question as a stream; `on_text` is called with the number of chunks of text so far."""
     started_s = time.monotonic()
     stream = await client.chat.completions.create(
-        model=MODEL_NAME, messages=asked.messages, temperature=0, stream=True, **options
+        model=tiers.MODEL_NAME, messages=asked.messages, temperature=0, stream=True, **options
     )
     first_s, num_chunks, texts = None, 0, []
     async with stream:
@@ -120,6 +120,7 @@ class Scenes:
     async def dying_core(self) -> None:
         """SIGKILL for the whole core: the answer is finished elsewhere, or ends in a typed error."""
         print("\n5. The whole core is killed in the middle of a long answer")
+        await tiers.core_is_back(self._edge.url)
         asked = case(self._rng, "list", LIST_ITEMS)
         kill = self._at(NUM_TOKENS_BEFORE_KILL, self._core.kill)
         try:
@@ -173,10 +174,10 @@ class Scenes:
         return Counter(row.report.served_by for row in self.rows)
 
     def _claim_answers(self) -> None:
-        tiers, num_right = self._tiers(), sum(row.is_correct for row in self.rows)
-        spread = ", ".join(f"{tier} {tiers[tier]}" for tier in sorted(ALL_TIERS))
+        served, num_right = self._tiers(), sum(row.is_correct for row in self.rows)
+        spread = ", ".join(f"{tier} {served[tier]}" for tier in sorted(ALL_TIERS))
         self._claims.check(len(self.rows) >= 30, "at least 30 questions were answered", str(len(self.rows)))
-        self._claims.check(tiers.keys() >= ALL_TIERS, "each tier answered some of them", spread)
+        self._claims.check(served.keys() >= ALL_TIERS, "each tier answered some of them", spread)
         self._claims.check(
             num_right >= 0.85 * len(self.rows),
             "at least 85% of the answers are right",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import httpx2
 
 from longshore.signing import PrivateKey
 from longshore.tier_process import TierProcess
@@ -65,6 +68,13 @@ public_key = "{keys.edge_key.public_key.text}"
 """
     )
     return TierProcess(["serve", "--config", str(config)])
+
+
+async def core_is_back(edge_url: str, timeout_s: float = 30.0) -> None:
+    """Wait until the edge's own checks find the core ready again, after its engine was restarted."""
+    async with asyncio.timeout(timeout_s), httpx2.AsyncClient() as client:
+        while (await client.get(f"{edge_url}/readyz")).json().get("cores") != {"core-1": "ready"}:
+            await asyncio.sleep(0.2)
 
 
 def edge(folder: Path, keys: Keys, core_url: str, bundle: Path) -> TierProcess:

@@ -22,7 +22,8 @@ def tree(
 ) -> Iterator[tuple[int, type[LongshoreError]]]:
     yield depth, root
     for child in root.__subclasses__():
-        yield from tree(child, depth + 1)
+        if child.__module__ == errors.__name__:  # other tests make classes of their own
+            yield from tree(child, depth + 1)
 
 
 CLASSES = [cls for _, cls in tree()]
