@@ -154,17 +154,20 @@ async def test_a_request_that_kills_cores_visits_two_at_most(tmp_path: Path) -> 
 
 
 async def test_readiness_names_what_ails_each_core(tmp_path: Path) -> None:
-    with start_core("well") as well, start_core("gone") as gone:
-        with start_edge(tmp_path, edge_toml([well, gone])) as edge:
-            async with session_to(edge) as session:
-                gone.kill()
+    with (
+        start_core("well") as well,
+        start_core("gone") as gone,
+        start_edge(tmp_path, edge_toml([well, gone])) as edge,
+    ):
+        async with session_to(edge) as session:
+            gone.kill()
 
-                async def is_named() -> bool:
-                    async with session.get("/readyz") as response:
-                        cores = (await response.json())["cores"]
-                        return response.status == 200 and cores["well"] == "ready" != cores["gone"]
+            async def is_named() -> bool:
+                async with session.get("/readyz") as response:
+                    cores = (await response.json())["cores"]
+                    return response.status == 200 and cores["well"] == "ready" != cores["gone"]
 
-                await eventually(is_named)
+            await eventually(is_named)
 
 
 async def test_no_core_is_there_and_then_one_is(tmp_path: Path) -> None:
