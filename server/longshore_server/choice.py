@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from longshore.wire import FinishEvent, FinishReason, Report, TokenEvent, TokenMark, Usage
 from longshore_server.engines.base import EngineToken
 from longshore_server.text import ModelText
-
-_SEED_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +76,3 @@ class Choice:
         """The end, with the text that was held back and is answer after all."""
         assert self.finish_reason is not None
         return FinishEvent(self.finish_reason, self.index, self._pieces.flush().text, usage, report)
-
-
-def sub_seed(seed: int, index: int) -> int:
-    """The seed of choice number `index`: the request's own for the first, else one derived from it."""
-    if index == 0:
-        return seed & _SEED_MASK
-    digest = hashlib.sha256(f"{seed & _SEED_MASK}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")

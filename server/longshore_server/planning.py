@@ -16,10 +16,11 @@ from longshore.errors import (
     ResumeUnavailableError,
     UnknownModelError,
 )
+from longshore.seeds import sub_seed
 from longshore.wire import AnyRequest, ChatRequest, Continuation
 from longshore_server.admission import priority_of
 from longshore_server.auth import Caller
-from longshore_server.choice import Seam, sub_seed
+from longshore_server.choice import Seam
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine, GenerateJob, SamplingSpec
 from longshore_server.text import ModelText, check_text_only

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 
 from longshore.detokenize import IncrementalText
 from longshore.errors import ConfigError, UnsupportedParameterError
+from longshore.prompt_text import LONG_TEXT_CHARS, ForeignText, PromptEncoder
+from longshore.token_bytes import TokenBytes
 from longshore.wire import AnyRequest, ChatRequest, Message, TokenLogprob, TopLogprob
 from longshore_server.chat_template import ChatTemplate
-from longshore_server.token_bytes import TokenBytes
 
-_INLINE_CHARS = 32_768  # longer prompts are rendered and tokenized off the event loop
 _NUM_THREADS = 2
 
 
@@ -36,6 +36,7 @@ class ModelText:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer)
         self._template = template
         self._bytes = TokenBytes(tokenizer)
         self._executor = ThreadPoolExecutor(max_threads, thread_name_prefix="tokenize")
@@ -63,37 +64,31 @@ class ModelText:
 
         Raises InvalidRequestError for a chat that the template refuses.
         """
-        if _num_chars(request) <= _INLINE_CHARS:
+        if _num_chars(request) <= LONG_TEXT_CHARS:
             return self._prompts(request, answer_so_far)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._prompts, request, answer_so_far)
 
     def _prompts(self, request: AnyRequest, answer_so_far: str) -> tuple[tuple[int, ...], ...]:
+        foreign = self._encoder.foreign()
+        so_far = foreign.guard(answer_so_far)
         if isinstance(request, ChatRequest):
-            text = self.render_chat(request.messages) + answer_so_far
-            return (self.encode(text, add_special_tokens=False),)
-        return tuple(self._prompt(prompt, answer_so_far) for prompt in request.prompts)
+            text = self.render_chat(request.messages, foreign) + so_far
+            return (self._encoder.encode_prompt(text, foreign),)
+        return tuple(self._prompt(prompt, so_far, foreign) for prompt in request.prompts)
 
-    def _prompt(self, prompt: str | tuple[int, ...], answer_so_far: str) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return self.encode(prompt + answer_so_far, add_special_tokens=True)
-        return prompt + (self.encode(answer_so_far, add_special_tokens=False) if answer_so_far else ())
+    def _prompt(self, prompt: str | tuple[int, ...], so_far: str, foreign: ForeignText) -> tuple[int, ...]:
+        if isinstance(prompt, str):  # a raw prompt may name control tokens: there is no other way to
+            return self._encoder.encode_prompt(prompt + so_far, foreign, add_special_tokens=True)
+        return prompt + (self._encoder.encode_prompt(so_far, foreign) if so_far else ())
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """The token ids of a text."""
-        if len(text) <= _INLINE_CHARS:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        # of the tokenizer's calls only the batch ones let other threads run meanwhile
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return tuple(encoding.ids)
-
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, ready for the assistant's turn."""
+    def render_chat(self, messages: Sequence[Message], foreign: ForeignText) -> str:
+        """The prompt text of a conversation, ready for the assistant's turn, its messages guarded."""
         if self._template is None:
             raise UnsupportedParameterError(
                 "messages: this model has no chat template; use /v1/completions", param="messages"
             )
-        return self._template.render([_template_message(message) for message in messages])
+        return self._template.render([_template_message(message, foreign) for message in messages])
 
     # -- tokens to text ------------------------------------------------------------------------
 
@@ -141,7 +136,7 @@ def _num_chars(request: AnyRequest) -> int:
     return sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def _template_message(message: Message, foreign: ForeignText) -> dict[str, Any]:
     # "developer" is OpenAI's newer name of "system", and the only one that templates don't know
     role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": message.text}
+    return {"role": role, "content": foreign.guard(message.text)}

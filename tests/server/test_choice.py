@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longshore.wire import FinishEvent, TokenEvent
-from longshore_server.choice import Choice, Seam, sub_seed
+from longshore_server.choice import Choice, Seam
 from longshore_server.engines.base import EngineToken, FinishReason
 from longshore_server.text import ModelText
 from shop.tokenizer import FOLDER
@@ -72,12 +72,3 @@ def test_a_choice_continued_at_any_cut_gives_the_rest(token_ids: list[int], data
     assert isinstance(whole[-1], FinishEvent)
     assert rest[-1].finish_reason == whole[-1].finish_reason
     assert _text(whole) == (answer.split(stop)[0])
-
-
-@given(st.integers(-(2**63), 2**63 - 1))
-def test_sub_seeds_are_fixed_and_differ(seed: int) -> None:
-    seeds = [sub_seed(seed, index) for index in range(16)]
-    assert seeds == [sub_seed(seed, index) for index in range(16)]
-    assert len(set(seeds)) == 16
-    assert all(0 <= value < 2**64 for value in seeds)
-    assert seeds[0] == seed % 2**64

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from longshore.device.seeds import sub_seed
 from longshore.device.text import StudentText, check_text_only
 from longshore.errors import InvalidRequestError, OutOfRangeError, PromptTooLongError, ResumeUnavailableError
+from longshore.seeds import sub_seed
 from longshore.wire import AnyRequest, ChatRequest, Continuation, FinishReason, Manifest, new_request_id
 
 VOCAB_SIZE = "vocab_size"  # the manifest's capability that names it

@@ -123,7 +123,7 @@ class Sampler:
 
     def _draw(self, logits: Floats) -> int:
         from longshore.device.randomness import gumbel_noise
-        from longshore.device.seeds import row_keys
+        from longshore.seeds import row_keys
 
         np = self._np
         scaled = (logits - logits.max()) / np.float32(self._settings.temperature)

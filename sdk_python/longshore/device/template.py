@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longshore.errors import InvalidRequestError
+from longshore.prompt_text import ForeignText
 from longshore.wire import ChatTemplate, Message
 
 # A role that the table does not hold is written as another that means the same.
 _STAND_IN = {"developer": "system"}
 
 
-def render_chat(template: ChatTemplate, messages: Sequence[Message]) -> str:
-    """The prompt, up to where the answer begins; InvalidRequestError naming a role the model doesn't know."""
+def render_chat(template: ChatTemplate, messages: Sequence[Message], foreign: ForeignText) -> str:
+    """The prompt up to where the answer begins, its messages guarded.
+
+    Raises InvalidRequestError naming a role that the model doesn't know.
+    """
     parts = [template.start]
     for index, message in enumerate(messages):
         role = message.role if message.role in template.roles else _STAND_IN.get(message.role, message.role)
@@ -21,5 +25,5 @@ def render_chat(template: ChatTemplate, messages: Sequence[Message]) -> str:
             raise InvalidRequestError(
                 f"this model knows no role {message.role!r}", param=f"messages[{index}].role"
             )
-        parts += [affixes.prefix, message.text, affixes.suffix]
+        parts += [affixes.prefix, foreign.guard(message.text), affixes.suffix]
     return "".join(parts) + template.generation_prompt

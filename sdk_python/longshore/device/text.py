@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,10 @@ from typing import Any
 from longshore.detokenize import IncrementalText
 from longshore.device.template import render_chat
 from longshore.errors import BundleDamagedError, ConfigError, UnsupportedParameterError
+from longshore.prompt_text import ForeignText, PromptEncoder
+from longshore.token_bytes import TokenBytes
 from longshore.wire import AnyRequest, ChatRequest, Manifest, TokenLogprob, TopLogprob
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 _LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's API says this of a token that can't come
 
 
@@ -23,15 +22,17 @@ class StudentText:
     def __init__(self, bundle_dir: Path, manifest: Manifest) -> None:
         self._template = manifest.chat_template
         self._tokenizer = _read_tokenizer(bundle_dir / manifest.tokenizer_file)
-        self._added = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-        self._alphabet = _byte_alphabet() if _is_byte_level(self._tokenizer) else None
+        self._encoder = PromptEncoder(self._tokenizer)
+        self._bytes = TokenBytes(self._tokenizer)
 
     def prompts(self, request: AnyRequest, answer_so_far: str = "") -> list[tuple[int, ...]]:
         """The token ids of each prompt, with `answer_so_far` after it."""
+        foreign = self._encoder.foreign()
+        so_far = foreign.guard(answer_so_far)
         if isinstance(request, ChatRequest):
-            text = render_chat(self._template, request.messages) + answer_so_far
-            return [self._encode(text, add_special_tokens=False)]
-        return [self._prompt(prompt, answer_so_far) for prompt in request.prompts]
+            text = render_chat(self._template, request.messages, foreign) + so_far
+            return [self._encoder.encode_prompt(text, foreign)]
+        return [self._prompt(prompt, so_far, foreign) for prompt in request.prompts]
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids; special tokens have none, invalid UTF-8 reads as U+FFFD."""
@@ -47,29 +48,14 @@ class StudentText:
         alternatives = tuple(TopLogprob(*self._described(other, value)) for other, value in top)
         return TokenLogprob(*self._described(token_id, logprob), alternatives)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of a token, which a decode can't give for part of a character."""
-        if token_id in self._added:
-            return str(self._added[token_id]).encode()
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
-        if self._alphabet is not None:
-            return b"".join(self._alphabet.get(char) or char.encode() for char in token)
-        match = _BYTE_TOKEN.match(token)
-        return bytes([int(match.group(1), 16)]) if match else token.replace("\u2581", " ").encode()
-
     def _described(self, token_id: int, logprob: float) -> tuple[str, float, tuple[int, ...]]:
-        data = self.token_bytes(token_id)
-        return data.decode("utf-8", "replace"), max(logprob, _LEAST_LOGPROB), tuple(data)
+        value = max(logprob, _LEAST_LOGPROB)
+        return self._bytes.text_of(token_id), value, self._bytes.tuple_of(token_id)
 
-    def _prompt(self, prompt: str | tuple[int, ...], answer_so_far: str) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return self._encode(prompt + answer_so_far, add_special_tokens=True)
-        return prompt + (self._encode(answer_so_far, add_special_tokens=False) if answer_so_far else ())
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    def _prompt(self, prompt: str | tuple[int, ...], so_far: str, foreign: ForeignText) -> tuple[int, ...]:
+        if isinstance(prompt, str):  # a raw prompt may name control tokens: there is no other way to
+            return self._encoder.encode_prompt(prompt + so_far, foreign, add_special_tokens=True)
+        return prompt + (self._encoder.encode_prompt(so_far, foreign) if so_far else ())
 
 
 def check_text_only(request: AnyRequest) -> None:
@@ -95,16 +81,3 @@ def _read_tokenizer(path: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-    return any(part.get("type") == "ByteLevel" for part in decoder.get("decoders", [decoder]))
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's printable stand-in of each byte: itself where printable, else from U+0100 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): bytes([byte]) for byte in printable}
-    return alphabet | {chr(0x100 + index): bytes([byte]) for index, byte in enumerate(others)}

@@ -1,1 +1,1 @@
-"""Engines behind one protocol: `base` says what an engine is, `native` and `remote` are engines."""
+"""Engines behind one protocol: `base` says what an engine is, `native` is ours."""

@@ -1,4 +1,4 @@
-"""Counter-based noise: a function of a row's keys (see seeds.py) and the token id, and of nothing else.
+"""Counter-based noise: a function of a row's keys (longshore.seeds) and the token id, and of nothing else.
 
 Integer arithmetic alone makes the bits, so that they are the same on every device, in every batch and after
 every restart; any replica can continue an answer. It keeps no state.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from longshore.seeds import row_keys
 from longshore_server.native.randomness import gumbel_noise
 from longshore_server.native.sampling_params import GREEDY_BELOW_TEMPERATURE
-from longshore_server.native.seeds import row_keys
 from longshore_server.native.sequence import Sequence
 
 # Filters look at this many of the likeliest tokens first, and at the whole vocabulary if those do not decide.

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longshore.device import randomness, seeds
+from longshore.device import randomness
 from longshore.device.sampling import Sampler, SamplingSettings
-from longshore_server.choice import sub_seed as core_sub_seed
+from longshore.seeds import row_keys
 from longshore_server.native import randomness as core_randomness
-from longshore_server.native import seeds as core_seeds
 from longshore_server.native.sampler import sample as core_sample
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.sequence import Sequence
@@ -25,18 +24,8 @@ POSITIONS = st.integers(0, 2**20)
 
 
 @given(SEEDS, POSITIONS)
-def test_keys_are_the_cores(seed: int, position: int) -> None:
-    assert seeds.row_keys(seed, position) == core_seeds.row_keys(seed, position)
-
-
-@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 16))
-def test_seeds_of_choices_are_the_cores(seed: int, index: int) -> None:
-    assert seeds.sub_seed(seed, index) == core_sub_seed(seed, index)
-
-
-@given(SEEDS, POSITIONS)
 def test_random_bits_are_the_cores(seed: int, position: int) -> None:
-    first, second = seeds.row_keys(seed, position)
+    first, second = row_keys(seed, position)
     ids = np.arange(VOCAB_SIZE, dtype=np.int64)
     tensor = torch.from_numpy(ids)[None]
     ours = randomness._mix32(ids.astype(np.uint64) * np.uint64(0x9E3779B1) + np.uint64(first))

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from longshore.seeds import row_keys
 from longshore_server.native.randomness import gumbel_noise
-from longshore_server.native.seeds import row_keys, splitmix64, sub_seed
 
-PINNED_KEYS = (2802244911, 1293516399)
 PINNED_NOISE = [-0.8044097, -0.0340566, 1.8253622, 1.1693069]
 
 
@@ -18,16 +17,8 @@ def _uniform(keys: list[tuple[int, int]], num_tokens: int) -> np.ndarray:
     return np.exp(-np.exp(-noise.double().numpy()))  # the Gumbel distribution's own function
 
 
-def test_splitmix64_gives_the_published_sequence() -> None:
-    """The first outputs for seed 1234567, as in the reference implementation's known answers."""
-    gamma = 0x9E3779B97F4A7C15
-    outputs = [splitmix64((1234567 + index * gamma) % 2**64) for index in range(3)]
-    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
 def test_noise_never_changes() -> None:
     """Answers in flight survive an upgrade only while these values stay."""
-    assert row_keys(0, 0) == PINNED_KEYS
     noise = gumbel_noise(torch.tensor([row_keys(42, 7)]), torch.tensor([[0, 1, 2, 299]]))
     assert noise[0].tolist() == pytest.approx(PINNED_NOISE, abs=1e-6)
 
@@ -58,9 +49,3 @@ def test_a_token_keeps_its_noise_in_any_subset_and_order() -> None:
     some = torch.tensor([[999, 0, 17], [5, 999, 1]])
     assert torch.equal(gumbel_noise(keys, some), whole.gather(1, some))
     assert torch.isfinite(whole).all()
-
-
-def test_sub_seeds_differ_and_the_first_is_the_seed() -> None:
-    seeds = [sub_seed(9, index) for index in range(200)]
-    assert seeds[0] == 9 and len(set(seeds)) == 200
-    assert all(0 <= seed < 2**64 for seed in seeds)

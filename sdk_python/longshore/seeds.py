@@ -1,11 +1,14 @@
-"""The integers behind the randomness: which keys a seed and a position give. The same as the core's."""
+"""The integers behind sampling's randomness: which keys a seed and a position give. No state, no floats.
+
+Core and device share it, so that an answer begun on either can be gone on with on the other.
+"""
 
 from __future__ import annotations
 
-import hashlib
+__all__ = ["row_keys", "splitmix64", "sub_seed"]
 
 _MASK_64 = (1 << 64) - 1
-_MASK_32 = 0xFFFFFFFF
+_MASK_32 = (1 << 32) - 1
 
 
 def row_keys(seed: int, position: int) -> tuple[int, int]:
@@ -23,8 +26,6 @@ def splitmix64(value: int) -> int:
 
 
 def sub_seed(seed: int, index: int) -> int:
-    """The seed of choice number `index`: the request's own for the first, else one derived from it."""
-    if index == 0:
-        return seed & _MASK_64
-    digest = hashlib.sha256(f"{seed & _MASK_64}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    """The seed, 0..2**64-1, of the `index`-th of several answers to one request; 0 keeps the request's."""
+    seed &= _MASK_64
+    return seed if index == 0 else splitmix64(seed ^ splitmix64(index))

@@ -1,12 +1,16 @@
-"""The exact bytes of each token, which a decode can't give for part of a UTF-8 character. Pure look-ups."""
+"""The exact bytes of each token, which a decode can't give for part of a UTF-8 character. Pure look-ups.
+
+A leaf that the core's workers and the device share; the tokenizer (of the `tokenizers` library) is passed in.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from functools import lru_cache
+from typing import Any
 
-from tokenizers import Tokenizer
+__all__ = ["TokenBytes"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 _CACHE_TOKENS = 65_536
@@ -15,7 +19,7 @@ _CACHE_TOKENS = 65_536
 class TokenBytes:
     """Bytes of tokens, for byte-level BPE (GPT-2's alphabet) and for SentencePiece with byte fallback."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
         self._alphabet = _byte_alphabet() if _is_byte_level(tokenizer) else None
@@ -24,8 +28,8 @@ class TokenBytes:
     def bytes_of(self, token_id: int) -> bytes:
         """The token's bytes; empty for an id that has no token (padding of the vocabulary)."""
         if token_id in self._added:
-            return self._added[token_id].encode()
-        token = self._tokenizer.id_to_token(token_id)
+            return str(self._added[token_id]).encode()
+        token: str | None = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
         if self._alphabet is not None:
@@ -41,7 +45,7 @@ class TokenBytes:
         return tuple(self.bytes_of(token_id))
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
+def _is_byte_level(tokenizer: Any) -> bool:
     decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
     parts = decoder.get("decoders", [decoder])
     return any(part.get("type") == "ByteLevel" for part in parts)
