@@ -156,6 +156,8 @@ def _typed(core_name: str, error: Exception) -> LongshoreError:
         return ConnectionFailedError(f"{core_name}: no connection: {_words(error)}")
     if isinstance(error, TimeoutError):
         return UnavailableError(f"{core_name}: nothing came in time")
+    if isinstance(error, aiohttp.ClientPayloadError):  # its own words are of chunks and lengths
+        return UpstreamError(f"{core_name}: the connection was lost in the middle of the answer")
     return UpstreamError(f"{core_name}: the connection was lost: {_words(error)}")
 
 

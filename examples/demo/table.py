@@ -35,10 +35,8 @@ class Row:
 
     @property
     def why(self) -> str:
-        """The router's own words for the attempt that answered."""
-        served = [attempt.reason for attempt in self.report.attempts if attempt.outcome == "served"]
-        reasons = [*served, self.report.reason]
-        return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+        """The routers' own words, the client's first and then the edge's."""
+        return self.report.reason or ""
 
 
 class Table:
