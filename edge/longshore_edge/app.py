@@ -50,6 +50,7 @@ from longshore_edge.asgi import (
 )
 from longshore_edge.bundles import send_file
 from longshore_edge.call import CHAT_PATH, COMPLETION_PATH, Call
+from longshore_edge.cors import allowed_origin, send_preflight, with_origin
 from longshore_edge.worker import Worker
 
 MAX_REQUEST_S = 3600.0
@@ -116,6 +117,12 @@ class EdgeApp:
             await send(message)
 
         headers = RequestHeaders(scope["headers"])
+        origin = allowed_origin(headers, self.worker.config.allowed_origins)
+        if origin is not None:
+            send = with_origin(send, origin)
+            if scope["method"] == "OPTIONS":
+                await send_preflight(send)
+                return
         try:
             await self._route(scope)(scope, headers, receive, tracked_send)
         except LongshoreError as error:

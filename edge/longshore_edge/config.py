@@ -143,6 +143,7 @@ class EdgeConfig:
     bundles: Annotated[tuple[BundleSettings, ...], MaxLen(64)] = ()
     open_metrics: bool = False
     open_bundles: bool = False
+    allowed_origins: Annotated[tuple[str, ...], MaxLen(64)] = ()  # pages that may call from a browser
 
     def __post_init__(self) -> None:
         if self.signing_key is not None and self.signing_key_file is not None:
