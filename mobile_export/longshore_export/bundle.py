@@ -27,8 +27,9 @@ from longshore.wire import (
 )
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import Checkpoint, load_checkpoint
-from longshore_export.graph import MIN_ONNXRUNTIME, OPSET, build_graph, required_operators
-from longshore_export.verify import Parity, check_parity
+from longshore_export.graph import MIN_ONNXRUNTIME, OPSET
+from longshore_export.variant import build_variant
+from longshore_export.verify import Parity
 
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
@@ -60,29 +61,29 @@ def export_student(
     version: int = 1,
     max_tokens: int | None = None,
     signing_key: SigningKey | None = None,
+    variant: str = "fp32",
 ) -> Exported:
-    """Export a Hugging Face folder to a bundle in fp32; `name` is the folder's unless it is given.
+    """Export a Hugging Face folder to a bundle; `name` is the folder's unless it is given.
 
+    `variant` is one of `quantize_recipe.RECIPES`.
     A bundle already at `out_dir` is replaced, anything else there is left alone and refused. Raises
     ExportError or a subclass, ParityError where graph and torch differ; nothing is written then.
     """
     _check_out(out_dir)
     checkpoint = load_checkpoint(model_dir, max_tokens)
     chat_template = read_chat_template(model_dir)
-    model = build_graph(checkpoint.shape, checkpoint.weights, checkpoint.cos, checkpoint.sin)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export-") as work:
         folder = Path(work) / "bundle"
         folder.mkdir()
-        (folder / MODEL_NAME).write_bytes(model.SerializeToString(deterministic=True))
-        parity = check_parity(folder / MODEL_NAME, checkpoint)
+        built = build_variant(checkpoint, variant, folder / MODEL_NAME)
         shutil.copyfile(model_dir / TOKENIZER_NAME, folder / TOKENIZER_NAME)
         manifest = Manifest(
             name=name or model_dir.resolve().name,
             version=version,
             model_digest=model_digest(model_dir),
             files=tuple(_describe(folder, path) for path in (MODEL_NAME, TOKENIZER_NAME)),
-            variants=(Variant("fp32", MODEL_NAME, "fp32", "built", required_operators(model)),),
+            variants=(Variant(variant, MODEL_NAME, built.precision, "built", built.required_operators),),
             tokenizer_file=TOKENIZER_NAME,
             kv=_kv(checkpoint),
             chat_template=chat_template,
@@ -95,7 +96,7 @@ def export_student(
         if out_dir.exists():
             shutil.rmtree(out_dir)
         folder.rename(out_dir)
-    return Exported(out_dir, manifest, parity)
+    return Exported(out_dir, manifest, built.parity)
 
 
 def _check_out(out_dir: Path) -> None:

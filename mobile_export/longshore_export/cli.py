@@ -20,7 +20,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     student.add_argument("--name", help="name of the bundle; the model folder's by default")
     student.add_argument("--version", type=int, default=1, help="grows with each release (default: 1)")
     student.add_argument(
-        "--precision", choices=("fp32",), default="fp32", help="number format of the weights"
+        "--variant", default="fp32", help="fp32, int8, int4-b32, int4-b64 or int4-b128 (default: fp32)"
     )
     student.add_argument("--max-tokens", type=int, help="context on the device; the model's by default")
     student.add_argument(
@@ -46,15 +46,21 @@ def _student(args: argparse.Namespace) -> int:
         version=args.version,
         max_tokens=args.max_tokens,
         signing_key=_signing_key(args),
+        variant=args.variant,
     )
     manifest, parity = exported.manifest, exported.parity
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
-    print(f"{exported.path}: {manifest.name} {manifest.version}, {args.precision}, {size_mb:.1f} MB")
+    print(f"{exported.path}: {manifest.name} {manifest.version}, {args.variant}, {size_mb:.1f} MB")
+    greedy = f", {parity.num_greedy_tokens} greedy tokens equal" if parity.num_greedy_tokens else ""
     print(
-        f"parity with torch: logits within {parity.max_logit_difference:.1e} over {parity.num_prompts} "
-        f"prompts, {parity.num_greedy_tokens} greedy tokens equal"
+        f"parity with torch{_of(args.variant)}: logits within {parity.max_logit_difference:.1e} over "
+        f"{parity.num_prompts} prompts{greedy}"
     )
     return 0
+
+
+def _of(variant: str) -> str:
+    return "" if variant == "fp32" else " that rounds alike"
 
 
 def _signing_key(args: argparse.Namespace) -> SigningKey | None:

@@ -15,7 +15,7 @@ residual. Owns the graph and its names; reads no file and trains nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from longshore.errors import UnsupportedModelError
+from longshore_export.quantize import (
+    BlockFormat,
+    BlockWeights,
+    RowFormat,
+    RowWeights,
+    WeightFormat,
+    round_blocks,
+    round_rows,
+)
+from longshore_export.quantize_recipe import FP32, Recipe
 from longshore_export.shape import DecoderShape
 
 OPSET = 18
@@ -31,19 +41,33 @@ CONTRIB_DOMAIN = "com.microsoft"
 IR_VERSION = 9
 MIN_ONNXRUNTIME = "1.24"
 MAX_MODEL_BYTES = 1_900_000_000  # one protobuf file holds less than 2 GiB
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations are rounded to int8, block by block
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
+Quantized = BlockWeights | RowWeights
+Rounding = Callable[[str, Array, BlockFormat | RowFormat], Quantized]
 
 
-def build_graph(shape: DecoderShape, weights: Weights, cos: Array, sin: Array) -> onnx.ModelProto:
+def round_plainly(part: str, matrix: Array, form: BlockFormat | RowFormat) -> Quantized:
+    """Each weight to the nearest step, whatever the part."""
+    return round_rows(matrix) if isinstance(form, RowFormat) else round_blocks(matrix, form)
+
+
+def build_graph(
+    shape: DecoderShape,
+    weights: Weights,
+    cos: Array,
+    sin: Array,
+    recipe: Recipe = FP32,
+    rounding: Rounding = round_plainly,
+) -> onnx.ModelProto:
     """The whole model; `weights` by Hugging Face names, [out, in], `cos` and `sin` [positions, head_dim / 2].
 
-    Raises UnsupportedModelError where the weights are not those of the shape, or don't fit into one file.
+    `rounding` makes the codes of a part ("layer0.qkv") from its matrix [out, in]. Raises
+    UnsupportedModelError where the weights are not those of the shape, or don't fit into one file.
     """
-    if sum(weight.nbytes for weight in weights.values()) > MAX_MODEL_BYTES:
-        raise UnsupportedModelError("the weights are over 1.9 GB in fp32, more than one ONNX file holds")
-    builder = _Builder(shape, weights)
+    builder = _Builder(shape, weights, recipe, rounding)
     builder.constant("cos_cache", cos[: shape.max_tokens])
     builder.constant("sin_cache", sin[: shape.max_tokens])
     logits = builder.decoder()
@@ -60,9 +84,11 @@ def required_operators(model: onnx.ModelProto) -> tuple[str, ...]:
 class _Builder:
     """Nodes and constants as they come; every method that computes returns the name of its result."""
 
-    def __init__(self, shape: DecoderShape, weights: Weights) -> None:
+    def __init__(self, shape: DecoderShape, weights: Weights, recipe: Recipe, rounding: Rounding) -> None:
         self._shape = shape
         self._weights = weights
+        self._recipe = recipe
+        self._rounding = rounding
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
 
@@ -88,12 +114,50 @@ class _Builder:
 
     def linear(self, source: str, out: str, names: list[str]) -> str:
         """`source` times one or several weights side by side, [out, in] each, and their biases if any."""
-        matrix = np.concatenate([self.weight(f"{name}.weight") for name in names]).T
-        result = self.node("MatMul", [source, self.constant(f"{out}.weight", matrix)], [out])
-        if f"{names[0]}.bias" not in self._weights:
-            return result
-        bias = np.concatenate([self.weight(f"{name}.bias") for name in names])
-        return self.node("Add", [result, self.constant(f"{out}.bias", bias)], [f"{out}.biased"])
+        matrix = np.concatenate([self.weight(f"{name}.weight") for name in names])
+        bias = ""
+        if f"{names[0]}.bias" in self._weights:
+            bias = self.constant(
+                f"{out}.bias", np.concatenate([self.weight(f"{name}.bias") for name in names])
+            )
+        return self.product(source, out, matrix, self._recipe.format_of(out), bias)
+
+    def product(self, source: str, out: str, matrix: Array, form: WeightFormat, bias: str) -> str:
+        """`source` [..., in] times `matrix` [out, in] in its format, plus `bias` unless that is ""."""
+        if form is None:
+            weight = self.constant(f"{out}.weight", matrix.T)
+            plain = self.node("MatMul", [source, weight], [f"{out}.product" if bias else out])
+            return self.node("Add", [plain, bias], [out]) if bias else plain
+        rounded = self._rounding(out, matrix, form)
+        if isinstance(rounded, BlockWeights):
+            return self.block_product(source, out, rounded, bias)
+        return self.row_product(source, out, rounded, bias)
+
+    def block_product(self, source: str, out: str, weights: BlockWeights, bias: str) -> str:
+        codes, scales = self.block_constants(out, weights)
+        return self.node(
+            "MatMulNBits",
+            [source, codes, scales, "", "", bias] if bias else [source, codes, scales],
+            [out],
+            domain=CONTRIB_DOMAIN,
+            K=weights.num_inputs,
+            N=len(weights.codes),
+            bits=weights.format.bits,
+            block_size=weights.format.block_size,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+
+    def block_constants(self, part: str, weights: BlockWeights) -> tuple[str, str]:
+        codes = self.constant(f"{part}.codes", weights.packed())
+        return codes, self.constant(f"{part}.scales", weights.scales)
+
+    def row_product(self, source: str, out: str, weights: RowWeights, bias: str) -> str:
+        """Activations are rounded to bytes over the whole call, which is as much as MatMulInteger takes."""
+        codes = self.constant(f"{out}.codes", weights.codes.T)
+        scales = self.constant(f"{out}.scales", weights.scales)
+        zero = self.constant(f"{out}.zero_points", np.zeros(len(weights.codes), np.int8))
+        inputs = [source, codes, scales, zero, *([bias] if bias else [])]
+        return self.node("DynamicQuantizeMatMul", inputs, [out], domain=CONTRIB_DOMAIN)
 
     def norm(self, source: str, out: str, weight_name: str) -> str:
         gamma = self.constant(weight_name, self.weight(weight_name))
@@ -115,8 +179,7 @@ class _Builder:
     # --- the decoder ---
 
     def decoder(self) -> str:
-        table = self.constant("embedding", self.weight("model.embed_tokens.weight"))
-        residual = self.node("Gather", [table, "input_ids"], ["embedded"], axis=0)  # [1, tokens, hidden]
+        residual = self.embedding()
         normed = self.norm(residual, "layer0.normed", "model.layers.0.input_layernorm.weight")
         last = self._shape.num_layers - 1
         for index in range(last + 1):
@@ -133,6 +196,29 @@ class _Builder:
             following = f"model.layers.{index + 1}.input_layernorm" if index < last else "model.norm"
             normed, residual = self.add_and_norm(fed, residual, f"layer{index}.out", f"{following}.weight")
         return self.head(normed)
+
+    def embedding(self) -> str:
+        """The rows [1, tokens, hidden] of the tokens' embeddings."""
+        matrix, form = self.weight("model.embed_tokens.weight"), self._recipe.embedding
+        if form is None:
+            return self.node(
+                "Gather", [self.constant("embedding", matrix), "input_ids"], ["embedded"], axis=0
+            )
+        if matrix.shape[1] % form.block_size:
+            raise UnsupportedModelError(f"{matrix.shape[1]} inputs are not whole blocks of {form.block_size}")
+        weights = self._rounding("embedding", matrix, form)
+        assert isinstance(weights, BlockWeights)
+        codes = self.constant("embedding.codes", weights.packed().reshape(len(matrix), -1))
+        return self.node(
+            "GatherBlockQuantized",
+            [codes, "input_ids", self.constant("embedding.scales", weights.scales)],
+            ["embedded"],
+            domain=CONTRIB_DOMAIN,
+            bits=form.bits,
+            block_size=form.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
 
     def attention(self, index: int, source: str) -> str:
         """Causal attention; the operator applies RoPE and writes the new keys and values into the cache."""
@@ -188,12 +274,18 @@ class _Builder:
         shape = self._shape
         flat = self.constant("head_shape", np.array([-1, shape.hidden_size], np.int64))
         rows = self.node("Reshape", [source, flat], ["head_in"])
-        table = "embedding" if shape.is_tied else self.constant("head", self.weight("lm_head.weight"))
-        return self.node("Gemm", [rows, table], ["head_out"], transB=1)
+        form = self._recipe.format_of("head")
+        name = "model.embed_tokens.weight" if shape.is_tied else "lm_head.weight"
+        if form is not None:
+            return self.product(rows, "head", self.weight(name), form, "")
+        table = "embedding" if shape.is_tied and self._recipe.embedding is None else "head.weight"
+        return self.node("Gemm", [rows, self.constant(table, self.weight(name))], ["head"], transB=1)
 
     # --- the model ---
 
     def model(self) -> onnx.ModelProto:
+        if sum(constant.ByteSize() for constant in self._constants.values()) > MAX_MODEL_BYTES:
+            raise UnsupportedModelError("the weights are over 1.9 GB, more than one ONNX file holds")
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs(), self._outputs(), list(self._constants.values())
         )
