@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.checks import check_int
 from longshore_server.native.errors import ConfigError
 
@@ -21,6 +22,7 @@ class EngineConfig:
     for every running sequence, within a bound. `max_model_len` of None takes the model's own limit.
     In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
     chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
+    `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
     """
 
     model: str
@@ -36,6 +38,7 @@ class EngineConfig:
     max_num_waiting: int = 1024
     enable_prefix_cache: bool = True
     batch_invariant: bool | None = None
+    attention_sparsity: str = "dense"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,12 +55,15 @@ class EngineConfig:
             )
         if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
             raise ConfigError("num_kv_blocks", "give num_kv_blocks or kv_memory_bytes, not both")
+        if parse_sparsity(self.attention_sparsity) is not None and self.batch_invariant:
+            raise ConfigError("batch_invariant", "cannot be had with attention_sparsity")
         if self.batch_invariant and not self.may_be_batch_invariant:
             raise ConfigError("batch_invariant", "is available on the CPU in float32 only")
 
     @property
     def may_be_batch_invariant(self) -> bool:
-        return self.device == "cpu" and self.dtype in ("auto", "float32")
+        is_exact = self.device == "cpu" and self.dtype in ("auto", "float32")
+        return is_exact and parse_sparsity(self.attention_sparsity) is None
 
     def _check_numbers(self) -> None:
         check_int(ConfigError, "block_size", self.block_size, 1, 1024)

@@ -83,7 +83,9 @@ def batch_layout(chunks: SequenceOf[Chunk], block_size: int) -> BatchLayout:
     for chunk in chunks:
         sequence = chunk.sequence
         context_len = sequence.num_computed_tokens + chunk.num_tokens
-        span = Span(first_row, chunk.num_tokens, context_len, sequence.block_table)
+        span = Span(
+            first_row, chunk.num_tokens, context_len, sequence.block_table, sequence.num_prompt_tokens
+        )
         (decodes if chunk.num_tokens == 1 else prefills).append(span)
         first_row += chunk.num_tokens
     return BatchLayout(decodes, prefills, block_size)

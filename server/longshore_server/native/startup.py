@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from longshore_server.native.attention.backend import select_attention
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
+from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.probe import probe_geometries
+from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.model import cpu_linear
@@ -32,6 +34,7 @@ class BuiltModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     batch_invariant: bool
+    page_bounds: PageBounds | None = None
 
 
 def build(config: EngineConfig) -> BuiltModel:
@@ -45,10 +48,18 @@ def build(config: EngineConfig) -> BuiltModel:
     num_blocks = _num_kv_blocks(config, loaded.max_model_len, bytes_per_block)
     max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
     cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
+    sparsity = parse_sparsity(config.attention_sparsity)
+    bounds = None
+    if sparsity is not None:
+        bounds = PageBounds(cache, set(range(len(geometries))) - sparsity.dense_layers)
     return BuiltModel(
         runner=ModelRunner(
-            loaded.model, cache, device, select_attention(device, batch_invariant=batch_invariant)
+            loaded.model,
+            cache,
+            device,
+            select_attention(device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds),
         ),
+        page_bounds=bounds,
         num_kv_blocks=num_blocks,
         max_model_len=max_model_len,
         vocab_size=loaded.vocab_size,

@@ -11,11 +11,22 @@ from longshore_server.native.attention.interface import AttentionContext
 from longshore_server.native.attention.invariant import plan_invariant_passes
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout
+from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.reference import ReferenceContext, plan_passes
+from longshore_server.native.attention.sparse import SparseContext
+from longshore_server.native.attention.sparsity import Sparsity
 
 MakeContext = Callable[[PagedKVCache, BatchLayout], AttentionContext]
 
 
-def select_attention(device: torch.device, *, batch_invariant: bool) -> MakeContext:
+def select_attention(
+    device: torch.device,
+    *,
+    batch_invariant: bool,
+    sparsity: Sparsity | None = None,
+    bounds: PageBounds | None = None,
+) -> MakeContext:
     """A maker of one step's context. The torch reference serves every device until a kernel is named here."""
+    if sparsity is not None and bounds is not None:
+        return partial(SparseContext, plan=plan_passes, sparsity=sparsity, bounds=bounds)
     return partial(ReferenceContext, plan=plan_invariant_passes if batch_invariant else plan_passes)

@@ -14,6 +14,7 @@ class Span:
     num_rows: int
     context_len: int  # tokens of the sequence up to and including these rows
     block_table: Sequence[int]
+    num_prompt_tokens: int = 0  # tokens behind these were generated
 
 
 @dataclass(frozen=True, slots=True)

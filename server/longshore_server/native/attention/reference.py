@@ -63,9 +63,8 @@ class ReferenceContext:
         window: int | None,
     ) -> torch.Tensor:
         """Writes the rows' keys and values, then attends; shapes as in AttentionContext."""
+        self.write(layer_index, key, value)
         key_pages, value_pages = self.cache.keys[layer_index], self.cache.values[layer_index]
-        key_pages.flatten(0, 1).index_copy_(0, self.slots, key)
-        value_pages.flatten(0, 1).index_copy_(0, self.slots, value)
         if window not in self._passes:
             self._passes[window] = self._plan(self.layout, window, self.cache)
         passes = self._passes[window]
@@ -76,6 +75,11 @@ class ReferenceContext:
             rows = one.rows
             output[rows] = one.attend(query[rows], key[rows], value[rows], key_pages, value_pages, scale)
         return output
+
+    def write(self, layer_index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts the rows' keys and values into their places in the cache."""
+        self.cache.keys[layer_index].flatten(0, 1).index_copy_(0, self.slots, key)
+        self.cache.values[layer_index].flatten(0, 1).index_copy_(0, self.slots, value)
 
 
 def plan_passes(layout: BatchLayout, window: int | None, cache: PagedKVCache) -> list[AttentionPass]:

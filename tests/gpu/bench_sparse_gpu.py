@@ -1,0 +1,178 @@
+"""Decode attention on a GPU against context, dense and sparse: PYTHONPATH=server:sdk_python:tests python3 FILE.
+
+One layer of Llama-70B's shape under tensor parallelism (8 KV heads of 128, 8 query heads each), bf16, pages of
+16 tokens, the keys of each sequence scattered over the cache. A sparse time holds the picking of the pages.
+Dense and sparse run the same kernel: the paged Triton one where it can be had, torch's over gathered pages
+elsewhere. Results are checked against dense attention where the setting sees everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
+from longshore_server.native.attention.page_bounds import PageBounds
+from longshore_server.native.attention.sparse import (
+    SparseRows,
+    attend_slots,
+    best_pages,
+    pick_pages,
+    slot_tables,
+)
+from longshore_server.native.attention.sparsity import Sparsity
+
+PAGE, KEY_DIM = 16, 128
+SPARSITIES = {
+    "window": Sparsity(window_tokens=1024, sink_tokens=64),
+    "top pages": Sparsity(window_tokens=512, sink_tokens=64, top_pages=64),
+}
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Bench:
+    """`num_rows` sequences of one context length over one layer's cache."""
+
+    def __init__(self, context: int, num_rows: int, num_heads: int, num_kv_heads: int, device: str) -> None:
+        self.device, self.scale = torch.device(device), KEY_DIM**-0.5
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        num_pages = -(-context // PAGE)
+        geometry = LayerGeometry(num_kv_heads, KEY_DIM, KEY_DIM)
+        self.cache = PagedKVCache([geometry], num_pages * num_rows, PAGE, dtype, self.device)
+        self.cache.keys[0].normal_()
+        self.cache.values[0].normal_()
+        self.bounds = PageBounds(self.cache, [0])
+        for blocks in torch.arange(num_pages * num_rows, device=self.device).split(4096):
+            self.bounds.update(0, blocks)
+        tables = torch.randperm(num_pages * num_rows, device=self.device).view(num_rows, num_pages)
+        lens = torch.full((num_rows,), context, device=self.device)
+        self.rows = SparseRows(torch.arange(num_rows, device=self.device), lens, tables)
+        self.query = torch.randn(num_rows, num_heads, KEY_DIM, dtype=dtype, device=self.device)
+        self.kernel = paged_kernel(self.device)
+
+    def dense(self) -> torch.Tensor:
+        keys, values = self.cache.keys[0], self.cache.values[0]
+        if self.kernel is not None:
+            return self.kernel(self.query, keys, values, self.rows.tables, self.rows.context_lens, self.scale)
+        everything = torch.arange(self.rows.tables.shape[1], device=self.device)
+        picks = everything.expand(len(self.query), 1, -1)
+        slots, lens = slot_tables(picks, self.rows, PAGE, keys.shape[2])
+        return attend_slots(self.query, keys, values, slots, lens, self.scale)
+
+    def sparse(self, sparsity: Sparsity) -> torch.Tensor:
+        keys, values = self.cache.keys[0], self.cache.values[0]
+        slots, lens = slot_tables(self.pick(sparsity), self.rows, PAGE, keys.shape[2])
+        if self.kernel is None:
+            return attend_slots(self.query, keys, values, slots, lens, self.scale)
+        num_kv_heads = keys.shape[2]
+        grouped = self.query.view(-1, self.query.shape[1] // num_kv_heads, KEY_DIM)
+        singles = (pages.view(-1, 1, 1, KEY_DIM) for pages in (keys, values))
+        lens = lens.repeat_interleave(num_kv_heads)
+        return self.kernel(grouped, *singles, slots, lens, self.scale).view_as(self.query)
+
+    def pick(self, sparsity: Sparsity) -> torch.Tensor:
+        if sparsity.top_pages:
+            return pick_pages(0, self.query, self.rows, sparsity, self.bounds, PAGE, self.scale)
+        scores = torch.zeros(len(self.query), 1, self.rows.tables.shape[1], device=self.device)
+        return best_pages(scores, self.rows, sparsity, PAGE)
+
+
+def paged_kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """The Triton decode kernel over (query, pages, pages, tables, lengths, scale), or None."""
+    if device.type != "cuda":
+        return None
+    try:
+        from longshore_server.native.attention.kv_cache import KVScales
+        from longshore_server.native.attention.triton_decode import decode_attention
+    except ImportError:
+        return None
+    one = torch.ones(64, device=device)
+    scales = KVScales(one, one)
+
+    def attend(query, keys, values, tables, lens, scale):  # type: ignore[no-untyped-def]
+        output = torch.empty_like(query)
+        which = torch.arange(len(query), device=device)
+        tables = tables.to(torch.int32)
+        decode_attention(query, keys, values, tables, which, lens, scales, scale, None, output)
+        return output
+
+    return attend
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
+    """The median of as many runs as fit `budget_s`, three at least."""
+    for _ in range(2):
+        call()
+    times: list[float] = []
+    end_s = time.perf_counter() + budget_s
+    while len(times) < 3 or (time.perf_counter() < end_s and len(times) < 200):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            start_s = time.process_time()
+            call()
+            times.append((time.process_time() - start_s) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call as a CUDA graph, so that launches do not count, as they do not in the engine."""
+    if device.type != "cuda":
+        return call
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@torch.inference_mode()
+def measure(context: int, args: argparse.Namespace) -> dict[str, object]:
+    bench = Bench(context, args.rows, args.heads, args.kv_heads, args.device)
+    everything = Sparsity(window_tokens=context, sink_tokens=0)
+    difference = (bench.sparse(everything) - bench.dense()).abs().max().item()
+    assert difference < 2e-2, f"sparse over everything differs from dense by {difference}"
+    calls: dict[str, Callable[[], object]] = {"dense": bench.dense}
+    calls |= {name: partial(bench.sparse, sparsity) for name, sparsity in SPARSITIES.items()}
+    for name, call in list(calls.items()):
+        try:
+            calls[name] = graphed(call, bench.device)
+        except RuntimeError as error:  # a capture that torch refuses: timed with its launches
+            print(f"{name} at {context}: not captured: {str(error).splitlines()[0]}")
+    times = {name: milliseconds(call, bench.device, args.budget_s) for name, call in calls.items()}
+    return {"context": context, "kernel": "torch" if bench.kernel is None else "triton", **times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--budget-s", type=float, default=0.2, help="time for each figure")
+    args = parser.parse_args()
+    print(
+        f"{'context':>8} {'kernel':>7} {'dense ms':>10}"
+        + "".join(f"{n + ' ms':>14}{'x':>6}" for n in SPARSITIES)
+    )
+    for context in args.contexts:
+        row = measure(context, args)
+        line = f"{context:8} {row['kernel']:>7} {row['dense']:10.3f}"
+        print(line + "".join(f"{row[n]:14.3f}{row['dense'] / row[n]:6.1f}" for n in SPARSITIES), flush=True)
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
