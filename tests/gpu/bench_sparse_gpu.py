@@ -1,7 +1,7 @@
-"""Decode attention on a GPU against context, dense and sparse: PYTHONPATH=server:sdk_python:tests python3 FILE.
+"""Decode attention against context, dense and sparse: PYTHONPATH=server:sdk_python:tests python3 FILE.
 
-One layer of Llama-70B's shape under tensor parallelism (8 KV heads of 128, 8 query heads each), bf16, pages of
-16 tokens, the keys of each sequence scattered over the cache. A sparse time holds the picking of the pages.
+One layer of Llama-70B's shape (8 KV heads of 128, 8 query heads each), bf16, pages of 16 tokens, the pages of
+each sequence scattered over the cache. A sparse time holds the picking of the pages.
 Dense and sparse run the same kernel: the paged Triton one where it can be had, torch's over gathered pages
 elsewhere. Results are checked against dense attention where the setting sees everything.
 """
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--budget-s", type=float, default=0.2, help="time for each figure")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # CPU time of one thread, where there is no GPU
     print(
         f"{'context':>8} {'kernel':>7} {'dense ms':>10}"
         + "".join(f"{n + ' ms':>14}{'x':>6}" for n in SPARSITIES)
