@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -290,16 +287,3 @@ def test_generate_leaves_nothing_behind_when_it_fails(make_engine, greedy) -> No
     engine.add_request("r", [5], greedy(2))
     with pytest.raises(NativeEngineError, match="other requests"):
         engine.generate([[5]], greedy(2))
-
-
-def test_the_benchmark_measures(model_folder) -> None:
-    command = [sys.executable, "-m", "longshore_server.native.bench", "--model", str(model_folder("llama"))]
-    sizes = ["--streams", "1", "3", "--prompt-tokens", "9", "--answer-tokens", "6", "--rounds", "1", "--json"]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=100, check=True)
-    rows = json.loads(done.stdout)
-    assert [(row["what"], row["num_streams"]) for row in rows] == [
-        ("native engine", 1),
-        ("native engine", 3),
-        ("transformers.generate", 1),
-    ]
-    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in rows)
