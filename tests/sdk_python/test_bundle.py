@@ -308,7 +308,7 @@ def test_a_real_kill_leaves_a_whole_current_version(tmp_path: Path) -> None:
         found = installed(store, "plain")
         assert found is not None and load_bundle(found.path).version in (1, 2)
     install(two, store)
-    assert {path.name for path in (store / "plain").iterdir()} == {"1", "2", "current", ".lock"}
+    assert {path.name for path in (store / "plain").iterdir()} == {"1", "2", "current", "highest", ".lock"}
 
 
 # -- signatures, runtime, digest ---------------------------------------------------------------

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import os
 import re
-import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
+from longshore.bundle.files import open_plain
+from longshore.bundle.trust import TrustedKeys, TrustStore, VerifyingKey
 from longshore.errors import BundleDamagedError, BundleError, BundleIncompatibleError
-from longshore.wire import MANIFEST_NAME, SIGNATURE_NAME, BundleFile, Manifest, load_manifest
+from longshore.signing import decode_base64url
+from longshore.wire import MANIFEST_NAME, SIGNATURE_NAME, BundleFile, Manifest, Variant, load_manifest
 from longshore.wire.limits import MAX_BUNDLE_FILES, MAX_MANIFEST_BYTES
 
 MAX_SIGNATURE_BYTES = 1024
+Trust = TrustedKeys | TrustStore
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}\Z")
 _BUFFER_BYTES = 1024 * 1024
 
 
-class VerifyingKey(Protocol):
-    """What a trusted key can do; `longshore.signing.PublicKey` is one."""
-
-    def verifies(self, signature: bytes, payload: bytes) -> bool: ...
-
-
-TrustedKeys = Mapping[str, VerifyingKey]
-
-
-def read_manifest(bundle_dir: Path | str, *, trusted_keys: TrustedKeys | None = None) -> Manifest:
+def read_manifest(bundle_dir: Path | str, *, trusted_keys: Trust | None = None) -> Manifest:
     """The manifest of a bundle folder, its files not looked at; BundleDamagedError if it can't be used."""
     return read_manifest_bytes(Path(bundle_dir), trusted_keys)[1]
 
 
-def load_bundle(bundle_dir: Path | str, *, trusted_keys: TrustedKeys | None = None) -> Manifest:
+def load_bundle(bundle_dir: Path | str, *, trusted_keys: Trust | None = None) -> Manifest:
     """The manifest of a bundle folder, every file of which is exactly what the manifest says.
 
-    With `trusted_keys` (key id to key) the manifest must be signed by one of them and not have expired.
+    With `trusted_keys` (key id to key, or a TrustStore) the manifest must be signed by one of them and not
+    have expired.
     Raises BundleDamagedError for a file that is missing, extra, damaged, or a link; BundleError for the
     signature.
     """
@@ -60,41 +53,80 @@ def check_runtime(manifest: Manifest, onnxruntime_version: str) -> None:
         )
 
 
+def check_operators(manifest: Manifest, variant: Variant, known: Collection[str]) -> None:
+    """BundleIncompatibleError if the variant needs an operator that is not in `known` (`domain:name`)."""
+    missing = sorted(set(variant.required_operators) - set(known))
+    if missing:
+        raise BundleIncompatibleError(
+            f"bundle {manifest.name}: this onnxruntime does not know {', '.join(missing[:5])}"
+        )
+
+
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)[:3]]
+    """The first three parts, those that are not there being 0."""
+    return ([int(part) for part in re.findall(r"\d+", version)[:3]] + [0, 0])[:3]
 
 
-def read_manifest_bytes(folder: Path, trusted_keys: TrustedKeys | None) -> tuple[bytes, Manifest]:
+def read_manifest_bytes(folder: Path, trust: Trust | None) -> tuple[bytes, Manifest]:
     if not folder.is_dir():
         raise BundleDamagedError(f"there is no bundle at {folder}")
-    with open_plain(folder, MANIFEST_NAME) as stream:
-        body = stream.read(MAX_MANIFEST_BYTES + 1)
-    manifest = load_manifest(body)
-    if not SAFE_NAME.match(manifest.name) or manifest.name.endswith("."):
-        raise BundleDamagedError(f"the manifest's name {manifest.name[:40]!r} can't name a folder")
-    if trusted_keys is not None:
-        _check_signature(folder, body, manifest, trusted_keys)
+    body = _read(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    manifest = parse_manifest(body)
+    if trust is not None:
+        # Signed is said in the manifest; a file alone would let its absence decide.
+        signature = _read(folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES) if manifest.key_id else b""
+        check_signature(body, manifest, signature, trust)
     return body, manifest
 
 
-def _check_signature(folder: Path, body: bytes, manifest: Manifest, trusted_keys: TrustedKeys) -> None:
-    key = trusted_keys.get(manifest.key_id or "")
-    if key is None:
-        raise BundleError(f"bundle {manifest.name} is not signed by a trusted key")
-    with open_plain(folder, SIGNATURE_NAME) as stream:
-        text = stream.read(MAX_SIGNATURE_BYTES)
-    if not key.verifies(_decode_base64url(text.strip()), body):
+def parse_manifest(body: bytes) -> Manifest:
+    """The manifest in these bytes, whose name can name a folder; raises BundleDamagedError."""
+    manifest = load_manifest(body)
+    if not SAFE_NAME.match(manifest.name) or manifest.name.endswith("."):
+        raise BundleDamagedError(f"the manifest's name {manifest.name[:40]!r} can't name a folder")
+    return manifest
+
+
+def check_signature(body: bytes, manifest: Manifest, signature: bytes, trust: Trust) -> None:
+    """BundleError unless a good key signed exactly `body` and the bundle has not expired."""
+    now_s = time.time()
+    key = _key_for(manifest, trust, now_s)
+    if not key.verifies(_decode_signature(signature), body):
         raise BundleError(f"bundle {manifest.name}: the signature does not fit the manifest")
-    if manifest.expires_at is not None and time.time() >= manifest.expires_at:
+    if manifest.expires_at is not None and now_s >= manifest.expires_at:
         raise BundleError(f"bundle {manifest.name} has expired")
 
 
-def _decode_base64url(text: bytes) -> bytes:
-    """The bytes of unpadded base64url; nothing for anything else, which verifies as no signature does."""
+def _key_for(manifest: Manifest, trust: Trust, now_s: float) -> VerifyingKey:
     try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except binascii.Error:
+        if isinstance(trust, TrustStore):
+            return trust.with_chain(manifest.key_chain, now_s).key_for(manifest.key_id, now_s)
+    except BundleError as error:
+        raise BundleError(f"bundle {manifest.name} {error.message}") from None
+    key = trust.get(manifest.key_id or "")
+    if key is None:
+        raise BundleError(f"bundle {manifest.name} is not signed by a trusted key")
+    return key
+
+
+def _decode_signature(text: bytes) -> bytes:
+    """Unpadded base64url and at most one line feed; nothing for anything else, which no key verifies."""
+    try:
+        return decode_base64url(text.decode("ascii").removesuffix("\n"))
+    except ValueError:
         return b""
+
+
+def read_signature(folder: Path) -> bytes:
+    """The signature file's bytes, bounded; empty if there is none."""
+    if not os.path.lexists(folder / SIGNATURE_NAME):
+        return b""
+    return _read(folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+
+
+def _read(folder: Path, path: str, max_bytes: int) -> bytes:
+    with open_plain(folder, path) as stream:
+        return stream.read(max_bytes + 1)
 
 
 def refuse_extra_entries(folder: Path, manifest: Manifest) -> None:
@@ -120,31 +152,6 @@ def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
                 yield Path(entry.path).relative_to(folder).as_posix(), is_folder
                 if is_folder:
                     waiting.append(Path(entry.path))
-
-
-def open_plain(folder: Path, path: str) -> BinaryIO:
-    """Open a plain file below `folder`; no link on the way below it is followed."""
-    whole = folder
-    for part in path.split("/")[:-1]:
-        whole = whole / part
-        if whole.is_symlink():
-            raise BundleDamagedError(f"{path} lies behind a symbolic link")
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )
-    target = folder / path
-    try:
-        if target.is_symlink():
-            raise BundleDamagedError(f"{path} is a symbolic link")
-        stream = os.fdopen(os.open(target, flags), "rb")
-    except FileNotFoundError:
-        raise BundleDamagedError(f"{path} is missing") from None
-    except OSError as error:
-        raise BundleDamagedError(f"{path} can't be read: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise BundleDamagedError(f"{path} is not a plain file")
-    return stream
 
 
 def copy_checked(source: BinaryIO, file: BundleFile, target: BinaryIO | None) -> None:

@@ -1,43 +1,50 @@
 """A store of bundles: installed atomically, rolled back, at most two versions of each name.
 
-`STORE/NAME/VERSION/` is a version and `STORE/NAME/current` names the one in use. Whatever happens in the
-middle, `current` names a whole version.
+`STORE/NAME/VERSION/` is a version, `STORE/NAME/current` names the one in use, and `STORE/NAME/highest` is the
+high-water mark below which nothing is installed. Whatever happens in the middle, `current` names a whole
+version.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from longshore.bundle.check import (
-    MAX_SIGNATURE_BYTES,
     SAFE_NAME,
-    TrustedKeys,
+    Trust,
     copy_checked,
     load_bundle,
-    open_plain,
     read_manifest,
     read_manifest_bytes,
+    read_signature,
     refuse_extra_entries,
+)
+from longshore.bundle.files import (
+    INCOMING_PREFIX,
+    flush,
+    flush_folder,
+    locked,
+    open_plain,
+    replace_file,
+    write_file,
 )
 from longshore.errors import BundleDamagedError, BundleError, BundleRollbackError
 from longshore.wire import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 
 NUM_KEPT_VERSIONS = 2
-LOCK_WAIT_S = 30.0
 _CURRENT_NAME = "current"
+_HIGHEST_NAME = "highest"
 _LOCK_NAME = ".lock"
-_INCOMING_PREFIX = ".incoming-"
 _VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,15}\Z")
+_HIGHEST = re.compile(r"([1-9][0-9]{0,15}) ([0-9a-f]{64})\n\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +56,34 @@ class InstalledBundle:
     is_current: bool
 
 
-def install(
-    source_dir: Path | str, store_dir: Path | str, *, trusted_keys: TrustedKeys | None = None
-) -> Path:
+@dataclass(frozen=True, slots=True)
+class SignedManifest:
+    """A manifest that was checked, the bytes that were signed, and the signature, empty if there is none."""
+
+    manifest: Manifest
+    body: bytes
+    signature: bytes
+
+
+def install(source_dir: Path | str, store_dir: Path | str, *, trusted_keys: Trust | None = None) -> Path:
     """Copy a bundle into a store, checking each byte on the way, and make it current; gives its folder.
 
     The bytes that were checked are the ones installed. Installing the current version again changes nothing,
-    unless its copy is damaged, which is then replaced. Raises BundleRollbackError for an older version or
-    another bundle of the same version, BundleDamagedError as load_bundle does, BundleError if the store can't
-    be written; in every case what was current stays.
+    unless its copy is damaged, which is then replaced. Raises BundleRollbackError for a version below the
+    highest that was ever installed or another bundle of that version, BundleDamagedError as load_bundle does,
+    BundleError if the store can't be written; in every case what was current stays.
     """
     source = Path(source_dir)
     body, manifest = read_manifest_bytes(source, trusted_keys)
     refuse_extra_entries(source, manifest)
-    with _writing(Path(store_dir), manifest.name) as home:
-        target = home / str(manifest.version)
-        current = _current_version(home)
-        if current is not None and _is_settled(home, current, body, manifest):
-            return target
-        incoming = home / f"{_INCOMING_PREFIX}{secrets.token_hex(8)}"
-        try:
-            _copy_bundle(source, incoming, body, manifest)
-            _replace_folder(incoming, target)
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-        _point_to(home, manifest.version)
-        _drop_oldest(home, keep={manifest.version, current})
-        return target
+    signed = SignedManifest(manifest, body, read_signature(source))
+    with writing(Path(store_dir), manifest.name) as home:
+        settled = settled_folder(home, signed)
+        if settled is not None:
+            return settled
+        with incoming_folder(home) as incoming:
+            _copy_files(source, incoming, manifest)
+            return commit(home, incoming, signed)
 
 
 def installed(store_dir: Path | str, name: str) -> InstalledBundle | None:
@@ -103,39 +111,119 @@ def list_installed(store_dir: Path | str) -> list[InstalledBundle]:
     return found
 
 
-def rollback(store_dir: Path | str, name: str) -> Path:
+def rollback(store_dir: Path | str, name: str, *, trusted_keys: Trust | None = None) -> Path:
     """Make the newest version below the current one current again; gives its folder.
 
-    The version that is checked and damaged is not taken. Raises BundleError where there is none.
+    The operator's own act: the high-water mark stays, so that nobody else can offer an old version. The
+    version is checked first, and a damaged one is not taken. Raises BundleError where there is none.
     """
-    with _writing(Path(store_dir), name) as home:
+    with writing(Path(store_dir), name) as home:
         current = _current_version(home)
         older = [version for version in _versions(home) if current is None or version < current]
         if not older:
             raise BundleError(f"there is no older version of {name} to go back to")
         target = home / str(older[-1])
-        load_bundle(target)
+        load_bundle(target, trusted_keys=trusted_keys)
         _point_to(home, older[-1])
         return target
 
 
-def _is_settled(home: Path, current: int, body: bytes, manifest: Manifest) -> bool:
-    """True if exactly this bundle is current and whole; raises BundleRollbackError if it is not newer."""
-    if manifest.version > current:
-        return False
-    if manifest.version < current:
+# -- one install, in steps ----------------------------------------------------------------------
+
+
+def settled_folder(home: Path, signed: SignedManifest) -> Path | None:
+    """The folder where exactly this bundle is current and whole; None if it has yet to be installed.
+
+    Raises BundleRollbackError for what is not newer than the high-water mark.
+    """
+    manifest = signed.manifest
+    current = _current_version(home)
+    if current == manifest.version and _is_whole(home / str(current), signed):
+        return home / str(current)
+    highest, digest = _high_water(home)
+    if manifest.version < highest:
         raise BundleRollbackError(
-            f"{manifest.name} {manifest.version} is older than the installed version {current}"
+            f"{manifest.name} {manifest.version} is older than version {highest}, which was installed before"
         )
-    try:
-        present, _ = read_manifest_bytes(home / str(current), None)
-        is_same = present == body
-        load_bundle(home / str(current))
-    except BundleDamagedError:
-        return False  # a damaged copy of the version: take the good one
-    if not is_same:
+    if manifest.version == highest and hashlib.sha256(signed.body).hexdigest() != digest:
         raise BundleRollbackError(f"another bundle of {manifest.name} {manifest.version} is installed")
-    return True
+    return None
+
+
+@contextlib.contextmanager
+def incoming_folder(home: Path) -> Iterator[Path]:
+    """An empty folder to put a bundle together in; what is left of it at the end goes."""
+    folder = home / f"{INCOMING_PREFIX}{secrets.token_hex(8)}"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def commit(home: Path, incoming: Path, signed: SignedManifest) -> Path:
+    """Make the checked files in `incoming` the current version; gives its folder."""
+    version, previous = signed.manifest.version, _current_version(home)
+    if signed.signature:
+        write_file(incoming / SIGNATURE_NAME, signed.signature)
+    write_file(incoming / MANIFEST_NAME, signed.body)
+    for folder, _, _ in os.walk(incoming):
+        flush_folder(Path(folder))
+    target = home / str(version)
+    _replace_folder(incoming, target)
+    digest = hashlib.sha256(signed.body).hexdigest()
+    replace_file(home / _HIGHEST_NAME, f"{version} {digest}\n".encode())
+    _point_to(home, version)
+    _drop_oldest(home, keep={version, previous})
+    return target
+
+
+@contextlib.contextmanager
+def writing(store: Path, name: str) -> Iterator[Path]:
+    """The folder of `name`, for one writer at a time; leftovers of a broken install are cleared first."""
+    home = _home(store, name)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with locked(home / _LOCK_NAME):
+            for leftover in home.glob(f"{INCOMING_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+            yield home
+    except OSError as error:
+        raise BundleError(f"the store {store} can't be written: {error.strerror or error}") from None
+
+
+def _is_whole(folder: Path, signed: SignedManifest) -> bool:
+    """False for other or damaged bytes, in which case the high-water mark decides."""
+    try:
+        body, _ = read_manifest_bytes(folder, None)
+        load_bundle(folder)
+        return body == signed.body and read_signature(folder) == signed.signature
+    except BundleDamagedError:
+        return False
+
+
+def _high_water(home: Path) -> tuple[int, str]:
+    """The highest version ever installed and its manifest's digest; (0, "") in a new store.
+
+    A store from before the mark was kept has its newest folder in its place.
+    """
+    try:
+        match = _HIGHEST.match((home / _HIGHEST_NAME).read_text("ascii"))
+    except FileNotFoundError:
+        newest = max(_versions(home), default=0)
+        return newest, _manifest_digest(home / str(newest))
+    except UnicodeDecodeError:
+        match = None
+    if match is None:
+        raise BundleDamagedError(f"{home / _HIGHEST_NAME} is damaged: it must name a version and a digest")
+    return int(match.group(1)), match.group(2)
+
+
+def _manifest_digest(folder: Path) -> str:
+    try:
+        return hashlib.sha256(read_manifest_bytes(folder, None)[0]).hexdigest()
+    except BundleDamagedError:
+        return ""
 
 
 def _home(store: Path, name: str) -> Path:
@@ -162,44 +250,30 @@ def _versions(home: Path) -> list[int]:
     )
 
 
-def _copy_bundle(source: Path, target: Path, body: bytes, manifest: Manifest) -> None:
-    """Write the whole bundle below `target` and onto the disk."""
-    target.mkdir()
+def _copy_files(source: Path, target: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         path = target / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_plain(source, file.path) as reader, path.open("xb") as writer:
             copy_checked(reader, file, writer)
-            _flush(writer)
-    if (source / SIGNATURE_NAME).exists():
-        with open_plain(source, SIGNATURE_NAME) as reader:
-            _write(target / SIGNATURE_NAME, reader.read(MAX_SIGNATURE_BYTES))
-    _write(target / MANIFEST_NAME, body)
-    for folder, _, _ in os.walk(target):
-        _flush_folder(Path(folder))
+            flush(writer)
 
 
 def _replace_folder(incoming: Path, target: Path) -> None:
     """Rename into place; a damaged folder of the same version is moved out of the way first."""
     if target.exists():
-        doomed = target.with_name(f"{_INCOMING_PREFIX}{secrets.token_hex(8)}")
+        doomed = target.with_name(f"{INCOMING_PREFIX}{secrets.token_hex(8)}")
         os.replace(target, doomed)
         os.replace(incoming, target)
         shutil.rmtree(doomed, ignore_errors=True)
     else:
         os.replace(incoming, target)
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
 
 
 def _point_to(home: Path, version: int) -> None:
     """Switch `current`; a reader sees the old version or the new one."""
-    fresh = home / f"{_INCOMING_PREFIX}{secrets.token_hex(8)}"
-    try:
-        _write(fresh, f"{version}\n".encode())
-        os.replace(fresh, home / _CURRENT_NAME)
-    finally:
-        fresh.unlink(missing_ok=True)
-    _flush_folder(home)
+    replace_file(home / _CURRENT_NAME, f"{version}\n".encode())
 
 
 def _drop_oldest(home: Path, keep: set[int | None]) -> None:
@@ -209,57 +283,3 @@ def _drop_oldest(home: Path, keep: set[int | None]) -> None:
     others = [version for version in reversed(versions) if version not in keep]
     for version in others[max(spare, 0) :]:
         shutil.rmtree(home / str(version), ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(data)
-        _flush(stream)
-
-
-def _flush(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames in `folder` last; not every system lets a folder be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _writing(store: Path, name: str) -> Iterator[Path]:
-    """The folder of `name`, for one writer at a time; leftovers of a broken install are cleared first."""
-    home = _home(store, name)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with (home / _LOCK_NAME).open("ab") as lock:
-            _lock(lock)
-            for leftover in home.glob(f"{_INCOMING_PREFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
-            yield home
-    except OSError as error:
-        raise BundleError(f"the store {store} can't be written: {error.strerror or error}") from None
-
-
-def _lock(lock: BinaryIO) -> None:
-    """Wait, with a bound, until no other process writes to the store; the lock ends with the file."""
-    try:
-        import fcntl
-    except ImportError:  # no such lock on this system: installs there are the caller's to put in order
-        return
-    deadline_s = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES) or time.monotonic() >= deadline_s:
-                raise
-        time.sleep(0.05)

@@ -5,6 +5,7 @@ Checking files and signatures is `longshore.bundle`'s.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -32,7 +33,8 @@ def _is_sha256(value: str) -> bool:
 
 
 def _is_safe_path(value: str) -> bool:
-    return _PATH.match(value) is not None and value.lower() not in (MANIFEST_NAME, SIGNATURE_NAME)
+    is_path = _PATH.match(value) is not None and not any(part.endswith(".") for part in value.split("/"))
+    return is_path and value.lower() not in (MANIFEST_NAME, SIGNATURE_NAME)
 
 
 def _is_version(value: str) -> bool:
@@ -120,7 +122,8 @@ class Manifest:
     """What a bundle holds and what it needs. `version` only ever grows for one `name`.
 
     `model_digest` names the weights, so that an answer begun on one tier is only continued
-    token by token where the same weights are. `expires_at` is Unix time in seconds.
+    token by token where the same weights are. `expires_at` is Unix time in seconds. `key_chain` holds the
+    rotation statements that lead to the key that signed (`longshore.bundle.trust`).
     """
 
     ALWAYS_SENT: ClassVar[frozenset[str]] = frozenset({"format_version"})
@@ -139,6 +142,7 @@ class Manifest:
     capabilities: Annotated[dict[str, str | int | float | bool], MaxLen(64)] = field(default_factory=dict)
     key_id: Annotated[str, MaxLen(64)] | None = None
     expires_at: Annotated[int, Interval(ge=0, le=2**53)] | None = None
+    key_chain: Annotated[tuple[Annotated[str, MaxLen(2048)], ...], MaxLen(8)] = ()
     format_version: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -160,6 +164,13 @@ def load_manifest(body: bytes) -> Manifest:
     """Parse a manifest; raises BundleDamagedError with the field at fault."""
     try:
         value: dict[str, Any] = load_json_object(body, max_bytes=limits.MAX_MANIFEST_BYTES)
+        json.loads(body, object_pairs_hook=_refuse_twice)
         return decode(Manifest, value)
     except LongshoreError as error:
         raise BundleDamagedError(f"the manifest can't be used: {error.message}") from None
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
+    """Of a field that stands twice, readers in other languages may take the other one."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise InvalidRequestError("a field stands twice")
