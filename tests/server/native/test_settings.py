@@ -76,7 +76,7 @@ def test_a_wrong_engine_setting_is_named(field, settings) -> None:
 
 def test_light_parts_import_no_torch_and_the_engine_no_server() -> None:
     """HTTP workers use the types without paying for torch; the engine runs where no web framework is."""
-    parts = ("config", "errors", "outputs", "sampling_params", "seeds", "scheduler")
+    parts = ("config", "errors", "outputs", "sampling_params", "scheduler")
     light = "import sys; " + "; ".join(f"import longshore_server.native.{part}" for part in parts)
     light += "; print('torch' in sys.modules)"
     heavy = "import sys, longshore_server.native.engine as e"
