@@ -11,6 +11,8 @@ from longshore_server.native.errors import ConfigError
 
 LOAD_FORMATS = ("auto", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLACEMENTS = ("tensor_parallel", "attention_feed_forward")
+MAX_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,9 @@ class EngineConfig:
     In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
     chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
     `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
+    `tensor_parallel_size` ranks, each its own process, share every layer; with `placement`
+    "attention_feed_forward" there are two instead, one with the attention and one with the feed-forward
+    blocks. Device "cuda" gives each rank its own GPU; a numbered one is shared by all ranks, for trying out.
     """
 
     model: str
@@ -40,13 +45,18 @@ class EngineConfig:
     batch_invariant: bool | None = None
     attention_sparsity: str = "dense"
     seed: int = 0
+    tensor_parallel_size: int = 1
+    placement: Literal["tensor_parallel", "attention_feed_forward"] = "tensor_parallel"
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", "must name a model folder")
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("placement", self.placement, PLACEMENTS)
         self._check_numbers()
+        if self.tensor_parallel_size > 1 and self.placement != "tensor_parallel":
+            raise ConfigError("placement", f"{self.placement} has two ranks: tensor_parallel_size must be 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 "max_num_batched_tokens",
@@ -61,6 +71,10 @@ class EngineConfig:
             raise ConfigError("batch_invariant", "is available on the CPU in float32 only")
 
     @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size if self.placement == "tensor_parallel" else 2
+
+    @property
     def may_be_batch_invariant(self) -> bool:
         is_exact = self.device == "cpu" and self.dtype in ("auto", "float32")
         return is_exact and parse_sparsity(self.attention_sparsity) is None
@@ -70,6 +84,7 @@ class EngineConfig:
         check_int(ConfigError, "max_num_seqs", self.max_num_seqs, 1, 4096)
         check_int(ConfigError, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
         check_int(ConfigError, "max_num_waiting", self.max_num_waiting, 0, 1 << 20)
+        check_int(ConfigError, "tensor_parallel_size", self.tensor_parallel_size, 1, MAX_RANKS)
         check_int(ConfigError, "seed", self.seed, 0, 2**63 - 1)
         for name in ("num_kv_blocks", "kv_memory_bytes", "max_model_len"):
             if (value := getattr(self, name)) is not None:

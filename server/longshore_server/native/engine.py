@@ -19,13 +19,14 @@ from longshore_server.native.errors import (
     InvalidRequestError,
     NativeEngineError,
     PromptTooLongError,
+    RanksLostError,
 )
 from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
+from longshore_server.native.rank_start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.scheduler import Chunk, Schedule, Scheduler
 from longshore_server.native.sequence import Sequence
-from longshore_server.native.startup import build
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,17 @@ class NativeEngine:
     max_model_len: int
     batch_invariant: bool  # answers are the same to the last bit in every batch, and resume byte-equal
 
-    def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_ranks_lost: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_ranks_lost` is called from another thread when a rank dies; see RankGroup."""
         self.config = config
         self._clock = clock
-        built = build(config)
+        built, self._ranks = build_on_ranks(config, on_ranks_lost)
         self.eos_token_ids = built.eos_token_ids
         self.vocab_size = built.vocab_size
         self.max_model_len = built.max_model_len
@@ -164,6 +172,8 @@ class NativeEngine:
             return []
         try:
             return list(self._runner.run(chunks))
+        except RanksLostError:
+            raise
         except Exception as error:  # whatever one request's forward raises must not end the others
             if len(chunks) == 1:
                 logger.exception("request %s failed in the model", chunks[0].sequence.request_id)
@@ -260,8 +270,18 @@ class NativeEngine:
             num_failed=self._num_failed,
         )
 
+    def close(self) -> None:
+        """Ends the other ranks, where there are any; also done when the engine is collected."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     def check_integrity(self) -> None:
-        """Raises AssertionError when the scheduler's and the block pool's books disagree."""
+        """Raises AssertionError when the scheduler's and the block pool's books disagree.
+
+        With several ranks, also RanksLostError when one of them is not idle or not in step.
+        """
+        if self._ranks is not None:
+            self._ranks.check_in_step()
         self._scheduler.check_integrity()
 
 

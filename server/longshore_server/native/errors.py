@@ -7,6 +7,8 @@ NativeEngineError
 │   └── DuplicateRequestError             the request id is in use
 ├── QueueFullError                        the waiting queue is at its bound; try again later
 ├── OutOfBlocksError                      the KV block pool is empty (never leaves the scheduler)
+├── RankProtocolError                     a message between ranks is not in their table
+├── RanksLostError                        a rank died or fell silent; the engine cannot go on
 └── ModelLoadError                        the model folder cannot be used; one line says why
     └── UnsupportedModelError             the architecture needs what this engine lacks
 """
@@ -78,6 +80,18 @@ class OutOfBlocksError(NativeEngineError):
     """The block pool cannot give the blocks asked for; nothing was allocated."""
 
     code = "out_of_blocks"
+
+
+class RankProtocolError(NativeEngineError):
+    """A rank sent what is not in the table of messages; it is treated as dead."""
+
+    code = "rank_protocol"
+
+
+class RanksLostError(NativeEngineError):
+    """A rank died, fell silent or fell out of step: all ranks have been ended, and this engine with them."""
+
+    code = "ranks_lost"
 
 
 class ModelLoadError(NativeEngineError):

@@ -49,6 +49,11 @@ class ModelRunner:
                 results[index] = next(sampled)
         return results
 
+    @torch.inference_mode()
+    def run_without_sampling(self, chunks: SequenceOf[Chunk]) -> None:
+        """The forward pass of run() alone, for a rank that does not sample."""
+        self._forward(sorted(chunks, key=_row_order))
+
     def _forward(self, chunks: SequenceOf[Chunk]) -> torch.Tensor | None:
         """Logits [rows, vocab] of the chunks that sample, in order; None when none does."""
         token_ids: list[int] = []

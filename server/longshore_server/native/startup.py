@@ -19,6 +19,7 @@ from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
+from longshore_server.native.rank_links import RankLinks
 from longshore_server.native.runner import ModelRunner
 
 DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
@@ -37,15 +38,20 @@ class BuiltModel:
     page_bounds: PageBounds | None = None
 
 
-def build(config: EngineConfig) -> BuiltModel:
-    """Raises ConfigError, ModelLoadError or UnsupportedModelError, each with one line."""
-    loaded = load_model(config)
+def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
+    """Raises ConfigError, ModelLoadError or UnsupportedModelError, each with one line.
+
+    With `links` it builds one rank's share; all ranks build at the same time.
+    """
+    loaded = load_model(config, links)
     device = torch.device(config.device)
     geometries = _probe(loaded, device, config.model)
     dtype = loaded.model.dtype
     batch_invariant = _make_invariant(loaded.model, config, geometries)
     bytes_per_block = block_bytes(geometries, config.block_size, dtype)
     num_blocks = _num_kv_blocks(config, loaded.max_model_len, bytes_per_block)
+    if links is not None:
+        num_blocks = links.smallest(num_blocks)
     max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
     cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
     sparsity = parse_sparsity(config.attention_sparsity)

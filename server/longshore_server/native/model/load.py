@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
-from longshore_server.native.errors import ModelLoadError, UnsupportedModelError
+from longshore_server.native.errors import ModelLoadError, NativeEngineError, UnsupportedModelError
+from longshore_server.native.model.placement import build_share
+from longshore_server.native.rank_links import RankLinks
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -38,8 +40,8 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Loads the folder that `config` names; raises ModelLoadError or UnsupportedModelError with one line."""
+def read_model_config(config: EngineConfig) -> tuple[dict[str, Any], PreTrainedConfig, int]:
+    """config.json as it is and as transformers reads it, and the longest sequence; raises as load_model()."""
     folder = Path(config.model)
     raw = _read_config(folder)
     if config.load_format == "auto":
@@ -53,9 +55,22 @@ def load_model(config: EngineConfig) -> LoadedModel:
         raise ModelLoadError(f"{folder}/config.json is not usable: {_one_line(error)}") from error
     max_model_len = _max_model_len(hf_config, config)
     _check_supported(hf_config, raw, max_model_len)
+    return raw, hf_config, max_model_len
+
+
+def load_model(config: EngineConfig, links: RankLinks | None = None) -> LoadedModel:
+    """Loads the folder that `config` names; raises ModelLoadError or UnsupportedModelError with one line.
+
+    With `links` it loads one rank's share, and all ranks load at the same time.
+    """
+    folder = Path(config.model)
+    raw, hf_config, max_model_len = read_model_config(config)
     dtype = _dtype(hf_config, config)
-    build = _build_random if config.load_format == "random" else _build_from_files
-    model = build(folder, hf_config, dtype, config)
+    if links is None:
+        build = _build_random if config.load_format == "random" else _build_from_files
+        model = build(folder, hf_config, dtype, config)
+    else:
+        model = _build_share(folder, hf_config, dtype, config, links)
     model.train(False).requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -193,9 +208,23 @@ def _build_from_files(
     return model.to(torch.device(config.device))  # type: ignore[arg-type, no-any-return]
 
 
+def _build_share(
+    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig, links: RankLinks
+) -> PreTrainedModel:
+    def build_whole() -> PreTrainedModel:
+        return _build_random(folder, hf_config, dtype, config)
+
+    model: PreTrainedModel = _checked(
+        folder, lambda: build_share(folder, hf_config, dtype, config, links, build_whole)
+    )
+    return model
+
+
 def _checked(folder: Path, build: Any) -> Any:
     try:
         return build()
+    except NativeEngineError:
+        raise
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(f"{folder} does not fit the device's memory: {_one_line(error)}") from error
     except Exception as error:  # transformers and safetensors raise many types for a damaged folder

@@ -1,0 +1,114 @@
+"""Fills one rank's share of a model: slices read from safetensors, or cut from seeded random weights.
+
+A rank reads and holds its own slices only. It never runs the model and never talks to another rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from longshore_server.native.errors import ModelLoadError
+from longshore_server.native.model.tensor_parallel import Slice, TensorParallelPlan
+
+# Gives a parameter's slice (the whole of it for None) on the device, in the model's dtype.
+TakeSlice = Callable[[str, Slice | None], torch.Tensor]
+
+
+def fill(model: PreTrainedModel, plan: TensorParallelPlan | None, take: TakeSlice) -> None:
+    """Gives a model on the meta device this rank's weights; raises ModelLoadError when one is missing."""
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    for name, parameter in list(model.named_parameters()):
+        if name not in tied:
+            part = plan.slice_of(name, parameter.shape) if plan else None
+            _set(model, name, take(name, part), parameter.shape)
+    for name, source in tied.items():
+        shape = model.get_parameter(name).shape
+        part = plan.slice_of(name, shape) if plan else None
+        weight = model.get_parameter(source).data
+        _set(model, name, part.of(weight) if part and weight.shape == shape else weight, shape)
+
+
+def _set(model: nn.Module, name: str, weight: torch.Tensor, whole_shape: torch.Size) -> None:
+    """Puts a weight in its place; a linear layer learns its own sizes, and the whole's number of rows."""
+    module_name, _, kind = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    setattr(module, kind, nn.Parameter(weight, requires_grad=False))
+    if kind != "weight":
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+        module.whole_rows = whole_shape[0]  # type: ignore[assignment]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings = weight.shape[0]
+        module.padding_idx = None
+
+
+class SafetensorsSlices:
+    """Slices of the weights in a folder, each read from its file's mapping without the rest."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._device = device
+        self._file_of: dict[str, Any] = {}
+        self._open_files = ExitStack()
+        for path in weight_files(folder):
+            file = self._open_files.enter_context(safe_open(path, framework="pt"))
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def __enter__(self) -> SafetensorsSlices:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open_files.close()
+
+    def __call__(self, name: str, part: Slice | None) -> torch.Tensor:
+        if name not in self._file_of:
+            raise ModelLoadError(f"{self._folder} lacks the weight {name}")
+        source = self._file_of[name].get_slice(name)
+        if part is None:
+            read = source[:]
+        elif part.dim == 0:
+            read = source[part.start : part.stop]
+        else:
+            read = source[:, part.start : part.stop]
+        moved = read.to(self._device, self._dtype)
+        return (part.padded(moved) if part else moved).contiguous()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's index names, or all of them."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = json.loads(index.read_bytes())["weight_map"].values()
+    return sorted({folder / Path(name).name for name in names})
+
+
+def slices_of(whole: dict[str, torch.Tensor]) -> TakeSlice:
+    """Slices copied out of whole weights, so that those can be freed."""
+
+    def take(name: str, part: Slice | None) -> torch.Tensor:
+        return (part.of(whole[name]) if part else whole[name]).clone()
+
+    return take
+
+
+def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Computes the buffers that no checkpoint holds (RoPE frequencies), as the model's class does."""
+    for module in model.modules():
+        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.device.type == "meta"}
+        if buffers:
+            for name, buffer in buffers.items():
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+            module._is_hf_initialized = False  # type: ignore[assignment]
+            model._init_weights(module)

@@ -1,0 +1,82 @@
+"""What a rank that does not schedule runs: its share of the model behind two calls. It samples nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.model import cpu_linear
+from longshore_server.native.model.load import load_model
+from longshore_server.native.model.placement import FeedForwardRunner, rank_device
+from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.runner import ModelRunner
+from longshore_server.native.scheduler import Chunk
+from longshore_server.native.startup import build
+
+PROBE_ROWS = 1
+
+
+class Share(Protocol):
+    """One rank's part of every step."""
+
+    links: RankLinks
+
+    def run_step(self, chunks: Sequence[Chunk]) -> None: ...
+    def clear_blocks(self, blocks: Sequence[int]) -> None: ...
+
+
+class TensorShare:
+    """A slice of every layer, with the KV cache of its heads."""
+
+    def __init__(self, runner: ModelRunner, links: RankLinks) -> None:
+        self.links = links
+        self._runner = runner
+
+    def run_step(self, chunks: Sequence[Chunk]) -> None:
+        self._runner.run_without_sampling(chunks)
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        self._runner.clear_blocks(blocks)
+
+
+class FeedForwardShare:
+    """The feed-forward blocks of every layer; it caches nothing."""
+
+    def __init__(self, runner: FeedForwardRunner) -> None:
+        self.links = runner.links
+        self._runner = runner
+
+    def run_step(self, chunks: Sequence[Chunk]) -> None:
+        self._runner.run_rows(sum(chunk.num_tokens for chunk in chunks))
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        pass
+
+
+def make_share(settings: dict[str, Any], rank: int, store_path: Path, num_threads: int) -> Share:
+    """Builds this rank's share from the first rank's settings; raises what a start may raise."""
+    torch.set_num_threads(num_threads)
+    device = rank_device(settings["device"], rank)
+    is_nccl = settings["device"] == "cuda"
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    config = EngineConfig(**(values | {"device": device}))
+    links = RankLinks(rank, config.num_ranks, store_path, torch.device(device), nccl=is_nccl)
+    if config.placement == "tensor_parallel":
+        return TensorShare(build(config, links).runner, links)
+    return FeedForwardShare(_feed_forward(config, links))
+
+
+def _feed_forward(config: EngineConfig, links: RankLinks) -> FeedForwardRunner:
+    model = load_model(config, links).model
+    runner = FeedForwardRunner(model, links)
+    if config.may_be_batch_invariant and cpu_linear.is_available():
+        cpu_linear.pack_linears(model)
+    runner.run_rows(PROBE_ROWS)  # the first rank learns its KV geometry from one token
+    links.smallest(2**62)  # the first rank asks how many KV blocks fit: any number does here
+    return runner

@@ -1,0 +1,306 @@
+"""The first rank's hold on the others: starts them, tells them each step, notices within a second who died.
+
+It knows no model. When a rank is lost all of them end, and whoever runs the engine is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.errors import RankProtocolError, RanksLostError
+from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.rank_messages import (
+    Kind,
+    MessageDecoder,
+    blocks_payload,
+    frame,
+    read_pong,
+    step_payload,
+)
+from longshore_server.native.scheduler import Chunk
+
+logger = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 0.1
+# A rank is silent when so many looks in a row, each on time, found nothing: a machine that is too busy to
+# look is too busy to blame a rank.
+MAX_SILENT_LOOKS = 7
+START_TIMEOUT_S = 1800.0
+PONG_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 2.0
+RECEIVE_BYTES = 1 << 16
+
+OnLost = Callable[[str], None]
+
+
+class RankHandle(Protocol):
+    """One started rank: a process, in all but tests."""
+
+    def kill(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> Any: ...
+
+
+StartRank = Callable[[socket.socket], RankHandle]
+
+
+def start_process(peer: socket.socket) -> RankHandle:
+    """Starts a rank as a process that has `peer`, and nothing else of ours, and lives no longer than it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    command = [sys.executable, "-m", "longshore_server.native.rank_process", str(peer.fileno())]
+    return subprocess.Popen(  # the kernel's tie is to the starting thread, so only the main one's will do
+        [*command, *(["--tied"] if is_main else [])], stdin=subprocess.DEVNULL, pass_fds=[peer.fileno()]
+    )
+
+
+class RankGroup:
+    """Ranks 1 to `num_ranks - 1` of one engine.
+
+    `on_lost` is called once, from the group's own thread, when a rank is lost after the start; all ranks are
+    dead by then, and a forward pass that waits for them ends in an exception over gloo, at the latest.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, on_lost: OnLost | None = None, start: StartRank = start_process
+    ) -> None:
+        self.num_ranks = config.num_ranks
+        self.lost: str | None = None
+        self._on_lost = on_lost
+        self._folder = Path(tempfile.mkdtemp(prefix="longshore-ranks-"))  # mode 0700
+        self._links: RankLinks | None = None
+        self._is_closing = False
+        self._is_watching_beats = False
+        self._ready = 0
+        self._pongs: dict[int, tuple[int, int]] = {}
+        self._ping_serial = 0
+        self._news = threading.Condition()
+        self._sockets: list[socket.socket] = []
+        self._handles: list[RankHandle] = []
+        try:
+            for rank in range(1, self.num_ranks):
+                self._start(rank, config, start)
+        except BaseException:
+            self.close()
+            raise
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="ranks")
+        self._watcher.start()
+
+    def _start(self, rank: int, config: EngineConfig, start: StartRank) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._sockets.append(ours)
+            self._handles.append(start(theirs))
+        setup = {
+            "config": dataclasses.asdict(config),
+            "rank": rank,
+            "store": str(self._store_path),
+            "num_threads": torch.get_num_threads(),
+        }
+        ours.sendall(frame(Kind.SETUP, json.dumps(setup).encode()))
+
+    @property
+    def _store_path(self) -> Path:
+        return self._folder / "store"
+
+    # --- the start ---
+
+    def connect(self, device: torch.device, *, nccl: bool) -> RankLinks:
+        """Meets the other ranks; raises RanksLostError if one of them failed instead."""
+        try:
+            self._links = RankLinks(0, self.num_ranks, self._store_path, device, nccl=nccl)
+        except RuntimeError as error:
+            raise RanksLostError(self.lost or f"the ranks did not meet: {error}") from error
+        return self._links
+
+    def wait_ready(self) -> None:
+        """Waits until every rank has its share of the model; raises RanksLostError if one failed."""
+        with self._news:
+            all_ready = self._news.wait_for(
+                lambda: self.lost is not None or self._ready == self.num_ranks - 1, START_TIMEOUT_S
+            )
+        if self.lost is not None or not all_ready:
+            raise RanksLostError(self.lost or f"the ranks were not ready after {START_TIMEOUT_S:.0f} s")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._is_watching_beats = True
+
+    # --- steps ---
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        if blocks:
+            self._tell(Kind.CLEAR, blocks_payload(blocks))
+
+    def step(self, chunks: Sequence[Chunk]) -> None:
+        """Lets every rank begin the forward pass of these chunks."""
+        self._tell(Kind.STEP, step_payload(chunks))
+
+    def check_in_step(self) -> None:
+        """Raises RanksLostError unless every rank is idle after as many exchanges as this one.
+
+        For when a pass failed here: if it failed between two exchanges, the others wait for one that never
+        comes, and no later pass could be right.
+        """
+        assert self._links is not None
+        self._ping_serial += 1
+        wanted = (self._ping_serial, self._links.num_collectives % 2**32)
+        self._tell(Kind.PING, self._ping_serial.to_bytes(4, "little"))
+        with self._news:
+            self._news.wait_for(
+                lambda: self.lost is not None or self._num_pongs(wanted[0]) == self.num_ranks - 1,
+                PONG_TIMEOUT_S,
+            )
+            in_step = all(self._pongs.get(rank) == wanted for rank in range(1, self.num_ranks))
+        if not in_step:
+            self._lose("the ranks are out of step after a failed pass")
+        self.raise_if_lost()
+
+    def raise_if_lost(self) -> None:
+        if self.lost is not None:
+            raise RanksLostError(self.lost)
+
+    def _num_pongs(self, serial: int) -> int:
+        return sum(pong[0] == serial for pong in self._pongs.values())
+
+    def _tell(self, kind: Kind, payload: bytes) -> None:
+        self.raise_if_lost()
+        message = frame(kind, payload)
+        try:
+            for each in self._sockets:
+                each.sendall(message)
+        except OSError as error:
+            self._lose(f"a rank is gone: {error}")
+            self.raise_if_lost()
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Ends all ranks: in order, by the end of their sockets, or by a kill after END_TIMEOUT_S."""
+        self._is_closing = True
+        self._shut_sockets()
+        for handle in self._handles:
+            try:
+                handle.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                handle.kill()
+                handle.wait()
+        watcher = getattr(self, "_watcher", None)
+        if watcher is not None and watcher is not threading.current_thread():
+            watcher.join(END_TIMEOUT_S)
+        for each in self._sockets:
+            each.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _lose(self, reason: str) -> None:
+        """Ends all ranks at once; only the first reason counts."""
+        with self._news:
+            if self.lost is not None or self._is_closing:
+                return
+            self.lost = reason
+            self._news.notify_all()
+        logger.critical("%s", reason)
+        for handle in self._handles:
+            handle.kill()
+        self._shut_sockets()
+        if self._on_lost is not None and self._is_watching_beats:
+            self._on_lost(reason)
+        if self._links is not None:
+            self._links.abort()
+
+    def _shut_sockets(self) -> None:
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    # --- watching, in a thread of its own ---
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, each in enumerate(self._sockets, start=1):
+                selector.register(each, selectors.EVENT_READ, (rank, MessageDecoder()))
+            silent_looks = dict.fromkeys(range(1, self.num_ranks), 0)
+            while self.lost is None and not self._is_closing:
+                self._look(selector, silent_looks)
+
+    def _look(self, selector: selectors.BaseSelector, silent_looks: dict[int, int]) -> None:
+        """Takes what the ranks say during one interval, and counts for whom it was nothing."""
+        began_s = time.monotonic()
+        heard: set[int] = set()
+        while (left_s := began_s + BEAT_INTERVAL_S - time.monotonic()) > 0 and self.lost is None:
+            for key, _ in selector.select(left_s):
+                rank, decoder = key.data
+                heard.add(rank)
+                if not self._hear(rank, key.fileobj, decoder):  # type: ignore[arg-type]
+                    return
+        was_late = time.monotonic() - began_s > 2 * BEAT_INTERVAL_S
+        for rank, looks in silent_looks.items():
+            silent_looks[rank] = 0 if rank in heard else looks + (not was_late)
+            if self._is_watching_beats and silent_looks[rank] > MAX_SILENT_LOOKS:
+                self._lose(f"rank {rank} gave no sign of life")
+
+    def _hear(self, rank: int, each: socket.socket, decoder: MessageDecoder) -> bool:
+        """False when the rank is lost."""
+        try:
+            data = each.recv(RECEIVE_BYTES)
+            if not data:
+                raise EOFError
+            for kind, payload in decoder.feed(data):
+                self._take(rank, kind, payload)
+        except (OSError, EOFError, RankProtocolError) as error:
+            self._lose(f"rank {rank} ended" + (f": {error}" if str(error) else ""))
+        return self.lost is None and not self._is_closing
+
+    def _take(self, rank: int, kind: Kind, payload: bytes) -> None:
+        with self._news:
+            if kind is Kind.READY:
+                self._ready += 1
+            elif kind is Kind.PONG:
+                self._pongs[rank] = read_pong(payload)
+            self._news.notify_all()
+        if kind is Kind.FAILED:
+            self._lose(f"rank {rank}: {payload.decode(errors='replace')}")
+
+
+class RankedRunner:
+    """Rank 0's runner: tells the other ranks before each pass, and samples alone.
+
+    Everything but the two calls below is the plain runner's.
+    """
+
+    def __init__(self, runner: Any, group: RankGroup) -> None:
+        self._runner = runner
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        self._group.clear_blocks(blocks)
+        self._runner.clear_blocks(blocks)
+
+    def run(self, chunks: Sequence[Chunk]) -> Any:
+        """As the plain runner's; raises RanksLostError when the ranks cannot go on together."""
+        self._group.step(chunks)
+        try:
+            return self._runner.run(chunks)
+        except Exception as error:
+            self._group.raise_if_lost()
+            try:
+                self._group.check_in_step()
+            except RanksLostError as lost:
+                raise lost from error
+            raise
