@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from longshore.wire import (
 )
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import Checkpoint, load_checkpoint
-from longshore_export.graph import MIN_ONNXRUNTIME, OPSET
+from longshore_export.graph import MIN_ONNXRUNTIME, OPSET, Rounding, round_plainly
 from longshore_export.variant import build_variant
 from longshore_export.verify import Parity
 
@@ -62,10 +63,12 @@ def export_student(
     max_tokens: int | None = None,
     signing_key: SigningKey | None = None,
     variant: str = "fp32",
+    rounding: Rounding = round_plainly,
+    capabilities: Mapping[str, str | int | float | bool] | None = None,
 ) -> Exported:
     """Export a Hugging Face folder to a bundle; `name` is the folder's unless it is given.
 
-    `variant` is one of `quantize_recipe.RECIPES`.
+    `variant` is one of `quantize_recipe.RECIPES`; `capabilities` go into the manifest beside its own.
     A bundle already at `out_dir` is replaced, anything else there is left alone and refused. Raises
     ExportError or a subclass, ParityError where graph and torch differ; nothing is written then.
     """
@@ -76,7 +79,7 @@ def export_student(
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export-") as work:
         folder = Path(work) / "bundle"
         folder.mkdir()
-        built = build_variant(checkpoint, variant, folder / MODEL_NAME)
+        built = build_variant(checkpoint, variant, folder / MODEL_NAME, rounding)
         shutil.copyfile(model_dir / TOKENIZER_NAME, folder / TOKENIZER_NAME)
         manifest = Manifest(
             name=name or model_dir.resolve().name,
@@ -90,7 +93,7 @@ def export_student(
             eos_token_ids=checkpoint.eos_token_ids,
             min_onnxruntime=MIN_ONNXRUNTIME,
             opset=OPSET,
-            capabilities={"images": False, "vocab_size": checkpoint.shape.vocab_size},
+            capabilities={"images": False, "vocab_size": checkpoint.shape.vocab_size, **(capabilities or {})},
         )
         manifest = _write_manifest(folder, manifest, signing_key)
         if out_dir.exists():

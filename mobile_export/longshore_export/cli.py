@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longshore_export import gate_cli
+
 if TYPE_CHECKING:
     from longshore_export.bundle import SigningKey
 
@@ -27,6 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--sign-key", type=Path, metavar="FILE", help="file with the Ed25519 key to sign with"
     )
     student.add_argument("--key-id", help="id under which devices know the key")
+    gate_cli.add_arguments(student)
     student.set_defaults(run=_student)
 
 
@@ -35,10 +38,13 @@ def _student(args: argparse.Namespace) -> int:
 
     try:
         from longshore_export.bundle import export_student
+        from longshore_export.graph import round_plainly
     except ImportError as error:
         raise ConfigError(
             f"export needs more packages ({error.name} is missing): install longshore[export]"
         ) from None
+    verdict = gate_cli.choose(args)
+    variant = verdict.chosen.candidate.variant if verdict else args.variant
     exported = export_student(
         args.model,
         args.out,
@@ -46,14 +52,16 @@ def _student(args: argparse.Namespace) -> int:
         version=args.version,
         max_tokens=args.max_tokens,
         signing_key=_signing_key(args),
-        variant=args.variant,
+        variant=variant,
+        rounding=verdict.chosen.candidate.rounding if verdict else round_plainly,
+        capabilities=verdict.capabilities() if verdict else None,
     )
     manifest, parity = exported.manifest, exported.parity
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
-    print(f"{exported.path}: {manifest.name} {manifest.version}, {args.variant}, {size_mb:.1f} MB")
+    print(f"{exported.path}: {manifest.name} {manifest.version}, {variant}, {size_mb:.1f} MB")
     greedy = f", {parity.num_greedy_tokens} greedy tokens equal" if parity.num_greedy_tokens else ""
     print(
-        f"parity with torch{_of(args.variant)}: logits within {parity.max_logit_difference:.1e} over "
+        f"parity with torch{_of(variant)}: logits within {parity.max_logit_difference:.1e} over "
         f"{parity.num_prompts} prompts{greedy}"
     )
     return 0
