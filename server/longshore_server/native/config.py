@@ -11,6 +11,7 @@ from longshore_server.native.errors import ConfigError
 
 LOAD_FORMATS = ("auto", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "fp8")
 PLACEMENTS = ("tensor_parallel", "attention_feed_forward")
 MAX_RANKS = 8
 
@@ -24,6 +25,9 @@ class EngineConfig:
     for every running sequence, within a bound. `max_model_len` of None takes the model's own limit.
     In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
     chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
+    `quantization` "fp8" keeps the layers' weights in FP8 with a scale per output channel, and computes with
+    activations in FP8 with a scale per token; embeddings, norms and head stay in `dtype`. `fuse_layers` None
+    fuses the layers of known architectures on a GPU, and everywhere with FP8.
     `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
     `tensor_parallel_size` ranks, each its own process, share every layer; with `placement`
     "attention_feed_forward" there are two instead, one with the attention and one with the feed-forward
@@ -33,6 +37,8 @@ class EngineConfig:
     model: str
     load_format: Literal["auto", "random"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "fp8"] = "none"
+    fuse_layers: bool | None = None
     device: str = "cpu"
     block_size: int = 16
     num_kv_blocks: int | None = None
@@ -53,6 +59,8 @@ class EngineConfig:
             raise ConfigError("model", "must name a model folder")
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("quantization", self.quantization, QUANTIZATIONS)
+        self._check_quantization()
         _check_choice("placement", self.placement, PLACEMENTS)
         self._check_numbers()
         if self.tensor_parallel_size > 1 and self.placement != "tensor_parallel":
@@ -75,9 +83,26 @@ class EngineConfig:
         return self.tensor_parallel_size if self.placement == "tensor_parallel" else 2
 
     @property
+    def fuses_layers(self) -> bool:
+        """Whether layers are fused where the architecture is known."""
+        if self.fuse_layers is not None:
+            return self.fuse_layers
+        return self.num_ranks == 1 and (self.device != "cpu" or self.quantization != "none")
+
+    @property
     def may_be_batch_invariant(self) -> bool:
-        is_exact = self.device == "cpu" and self.dtype in ("auto", "float32")
+        is_exact = self.device == "cpu" and self.dtype in ("auto", "float32") and not self.fuses_layers
         return is_exact and parse_sparsity(self.attention_sparsity) is None
+
+    def _check_quantization(self) -> None:
+        if self.fuse_layers and self.num_ranks > 1:
+            raise ConfigError("fuse_layers", "is available on one rank only")
+        if self.quantization == "none":
+            return
+        if self.dtype == "float16" or (self.dtype == "float32" and self.device != "cpu"):
+            raise ConfigError("quantization", f"{self.quantization} computes in bfloat16, not {self.dtype}")
+        if self.num_ranks > 1:
+            raise ConfigError("quantization", f"{self.quantization} is available on one rank only")
 
     def _check_numbers(self) -> None:
         check_int(ConfigError, "block_size", self.block_size, 1, 1024)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("USE_HUB_KERNELS", "NO")  # read by transformers at import: no kernel from a hub
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ModelLoadError, NativeEngineError, UnsupportedModelError
+from longshore_server.native.model.build import build_from_files, build_random
 from longshore_server.native.model.placement import build_share
 from longshore_server.native.rank_links import RankLinks
 
@@ -67,8 +68,7 @@ def load_model(config: EngineConfig, links: RankLinks | None = None) -> LoadedMo
     raw, hf_config, max_model_len = read_model_config(config)
     dtype = _dtype(hf_config, config)
     if links is None:
-        build = _build_random if config.load_format == "random" else _build_from_files
-        model = build(folder, hf_config, dtype, config)
+        model = _build(folder, hf_config, dtype, config)
     else:
         model = _build_share(folder, hf_config, dtype, config, links)
     model.train(False).requires_grad_(False)
@@ -162,57 +162,31 @@ def _dtype(hf_config: PreTrainedConfig, config: EngineConfig) -> torch.dtype:
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     if config.device == "cpu":
         return torch.float32
+    if config.quantization == "fp8":
+        return torch.bfloat16  # what the products of FP8 come out in
     return getattr(hf_config, "dtype", None) or torch.bfloat16
 
 
 # --- weights ---
 
 
-def _build_random(
+def _build(
     folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
 ) -> PreTrainedModel:
-    """Seeded weights in the model's own initial distribution, made on the device itself."""
-    device = torch.device(config.device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), device:
-        torch.manual_seed(config.seed)
-        model: PreTrainedModel = _checked(
-            folder,
-            lambda: AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                hf_config, dtype=dtype, attn_implementation=interface.ATTENTION_NAME, trust_remote_code=False
-            ),
-        )
+    def build() -> PreTrainedModel:
+        if config.load_format == "random":
+            return build_random(hf_config, dtype, config)
+        return build_from_files(folder, hf_config, dtype, config)
+
+    model: PreTrainedModel = _checked(folder, build)
     return model
-
-
-def _build_from_files(
-    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
-) -> PreTrainedModel:
-    model: PreTrainedModel
-    model, info = _checked(
-        folder,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=hf_config,
-            dtype=dtype,
-            attn_implementation=interface.ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        ),
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelLoadError(f"{folder} lacks {len(missing)} weights, among them {missing[0]}")
-    return model.to(torch.device(config.device))  # type: ignore[arg-type, no-any-return]
 
 
 def _build_share(
     folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig, links: RankLinks
 ) -> PreTrainedModel:
     def build_whole() -> PreTrainedModel:
-        return _build_random(folder, hf_config, dtype, config)
+        return build_random(hf_config, dtype, replace(config, fuse_layers=False))
 
     model: PreTrainedModel = _checked(
         folder, lambda: build_share(folder, hf_config, dtype, config, links, build_whole)

@@ -1,0 +1,108 @@
+"""A model of one rank from shapes to weights: filled part by part, each layer fused and quantized at once.
+
+So no more than one layer at a time exists in another form than the one that serves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longshore_server.native.attention import interface
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.errors import ModelLoadError
+from longshore_server.native.model import fuse, products
+from longshore_server.native.model.file_weights import FileWeights, has_plain_names
+from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
+from longshore_server.native.model.random_weights import RandomWeights
+
+
+class WeightSource(Protocol):
+    """Gives memory and values to one part of a model after the other."""
+
+    def fill(self, parameters: dict[str, nn.Parameter]) -> None: ...
+
+
+class LayerFinisher:
+    """Brings each filled layer into the form that serves: fused, in FP8, or as it is."""
+
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        self._to_fp8 = config.quantization == "fp8"
+        self._fuses = config.fuses_layers and fuse.can_fuse(model)
+        self._model = model
+        self._layers = decoder_layers(model)
+
+    def finish_layer(self, index: int) -> None:
+        """Call it once the layer has its weights."""
+        if self._fuses:
+            self._layers[index] = fuse.fuse_layer(self._layers[index], self._to_fp8)
+        elif self._to_fp8:
+            products.replace_linears(self._layers[index])
+
+    def finish_model(self) -> None:
+        """Call it after the last layer."""
+        if self._fuses:
+            fuse.fuse_decoder(self._model)
+
+
+def build_random(hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig) -> PreTrainedModel:
+    """Seeded weights, made on the device itself; no file is read."""
+    model = build_on_meta(hf_config, dtype)
+    device = torch.device(config.device)
+    return _fill(model, RandomWeights(model, device, config.seed), device, config)
+
+
+def build_from_files(
+    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
+) -> PreTrainedModel:
+    """The folder's safetensors; raises ModelLoadError for weights that are damaged, missing or too much."""
+    model = build_on_meta(hf_config, dtype)
+    if not has_plain_names(model, folder):
+        return _convert(folder, hf_config, dtype, config)
+    device = torch.device(config.device)
+    with FileWeights(model, folder, device) as source:
+        return _fill(model, source, device, config)
+
+
+@torch.no_grad()
+def _fill(
+    model: PreTrainedModel, source: WeightSource, device: torch.device, config: EngineConfig
+) -> PreTrainedModel:
+    finisher = LayerFinisher(model, config)
+    for index, (_, parameters) in enumerate(parts(model)):
+        source.fill(parameters)
+        if index < model.config.num_hidden_layers and len(decoder_layers(model)):
+            finisher.finish_layer(index)
+    fill_buffers(model, device)
+    finisher.finish_model()
+    return model
+
+
+@torch.no_grad()
+def _convert(
+    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
+) -> PreTrainedModel:
+    """Checkpoints in another form than the class has (experts apart, say): transformers converts."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=hf_config,
+        dtype=dtype,
+        attn_implementation=interface.ATTENTION_NAME,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelLoadError(f"{folder} lacks {len(missing)} weights, among them {missing[0]}")
+    device = torch.device(config.device)
+    finisher = LayerFinisher(model, config)
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.to(device)
+        finisher.finish_layer(index)
+    finisher.finish_model()
+    return model.to(device)  # type: ignore[no-any-return]

@@ -1,0 +1,81 @@
+"""FP8 (e4m3) numbers: rows with a scale each, and the matrix product over them, on any device.
+
+A product comes out unscaled (`ScaledOutput`); whoever reads it next multiplies by the scales, since scaling
+inside the GEMM is slower at few rows. On a CPU the product is computed in float32 over the same FP8 values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0  # largest finite e4m3
+MIN_AMAX = 1e-12  # a row of zeros still needs a scale to divide by
+SCALED_MM_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """A matrix in FP8; row i stands for `values[i] * scales[i]`."""
+
+    values: torch.Tensor  # [rows, columns], e4m3
+    scales: torch.Tensor  # [rows], float32
+
+    def dequantize(self) -> torch.Tensor:
+        """[rows, columns] in float32."""
+        return self.values.float() * self.scales[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledOutput:
+    """What a linear layer gave; it stands for `values * row_scales * channel_scales + bias`.
+
+    Scales are both there or both None; the bias is there only beside scales, else `values` has it already.
+    """
+
+    values: torch.Tensor  # [tokens, channels]
+    row_scales: torch.Tensor | None = None  # [tokens], float32
+    channel_scales: torch.Tensor | None = None  # [channels], float32
+    bias: torch.Tensor | None = None  # [channels]
+
+    def resolve(self, dtype: torch.dtype) -> torch.Tensor:
+        """The plain tensor [tokens, channels], rounded once to `dtype`."""
+        if self.row_scales is None or self.channel_scales is None:
+            return self.values.to(dtype)
+        result = self.values.float() * self.row_scales[:, None] * self.channel_scales
+        return (result if self.bias is None else result + self.bias.float()).to(dtype)
+
+
+def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
+    """Each row by its own largest magnitude; the reference of the kernels that do it on a GPU."""
+    floats = matrix.float()
+    scales = floats.abs().amax(dim=-1).clamp_min(MIN_AMAX) / FP8_MAX
+    values = (floats / scales[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    return Fp8Rows(values, scales)
+
+
+def multiply(rows: Fp8Rows, weight: Fp8Rows, bias: torch.Tensor | None, dtype: torch.dtype) -> ScaledOutput:
+    """`rows` [tokens, in] times `weight` [out, in] transposed; the values are unscaled, in `dtype`.
+
+    On a GPU `dtype` must be bfloat16, whose range holds every unscaled sum.
+    """
+    if rows.values.device.type == "cuda":
+        one = _one(rows.values.device)
+        values = torch._scaled_mm(
+            rows.values, weight.values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True
+        )
+    else:
+        values = (rows.values.float() @ weight.values.float().t()).to(dtype)
+    return ScaledOutput(values, rows.scales, weight.scales, bias)
+
+
+_ones: dict[torch.device, torch.Tensor] = {}
+
+
+def _one(device: torch.device) -> torch.Tensor:
+    """The per-tensor scale 1, made once per device: a graph must not capture its making."""
+    if device not in _ones:
+        _ones[device] = torch.ones((), device=device)
+    return _ones[device]

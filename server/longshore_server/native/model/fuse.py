@@ -1,0 +1,167 @@
+"""Fused decoder layers in place of those of Llama, Qwen2, Qwen3 and Mistral; other layers stay as they are.
+
+A fused decoder hands residual and unscaled product from layer to layer, so that each norm adds, norms and
+quantizes in one pass. It writes no KV itself: key and value go to the step's attention context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD, AttentionContext
+from longshore_server.native.model import fused_ops
+from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.model.products import make_product
+
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+ATTENTION_PARTS = {*PROJECTIONS, "o_proj"}
+NORM_PARTS = {"q_norm", "k_norm"}
+ACTIVATIONS = ("silu", "swish")
+
+
+class FusedAttention(nn.Module):
+    """Merged qkv product, q/k norm and rotary embedding in one pass, attention, output product."""
+
+    def __init__(self, attention: Any, to_fp8: bool) -> None:
+        super().__init__()
+        self.layer_index: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
+        self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
+        self.scale: float = attention.scaling
+        self.window = _window(attention)
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.qkv = make_product([getattr(attention, name) for name in PROJECTIONS], to_fp8)
+        self.output = make_product([attention.o_proj], to_fp8)
+
+    def forward(
+        self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
+    ) -> ScaledOutput:
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon)
+        query, key, value = fused_ops.split_qkv(
+            self.qkv(rows), cos, sin, self.num_heads, self.num_kv_heads, norms
+        )
+        attended = context.attend(self.layer_index, query, key, value, self.scale, self.window)
+        return self.output(attended.reshape(attended.shape[0], -1))  # [tokens, hidden]
+
+
+class FusedMlp(nn.Module):
+    """Merged gate and up product, SiLU and multiplication in one pass, down product."""
+
+    def __init__(self, mlp: Any, to_fp8: bool) -> None:
+        super().__init__()
+        self.dtype = mlp.gate_proj.weight.dtype
+        self.gate_up = make_product([mlp.gate_proj, mlp.up_proj], to_fp8)
+        self.down = make_product([mlp.down_proj], to_fp8)
+
+    def forward(self, rows: Any) -> ScaledOutput:
+        return self.down(fused_ops.silu_mul(self.gate_up(rows), self.dtype, self.down.takes_fp8))
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer from the product of the layer before to its own."""
+
+    def __init__(self, layer: Any, to_fp8: bool) -> None:
+        super().__init__()
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.self_attn = FusedAttention(layer.self_attn, to_fp8)
+        self.mlp = FusedMlp(layer.mlp, to_fp8)
+
+    def forward(
+        self,
+        x: ScaledOutput,  # [tokens, hidden]
+        residual: torch.Tensor | None,  # [tokens, hidden]
+        cos: torch.Tensor,  # [tokens, head_dim]
+        sin: torch.Tensor,
+        context: AttentionContext,
+    ) -> tuple[ScaledOutput, torch.Tensor]:
+        rows, residual = _norm(self.input_layernorm, x, residual, self.self_attn.qkv.takes_fp8)
+        x = self.self_attn(rows, cos, sin, context)
+        rows, residual = _norm(self.post_attention_layernorm, x, residual, self.mlp.gate_up.takes_fp8)
+        return self.mlp(rows), residual
+
+
+class FusedDecoder(nn.Module):
+    """Stands in for the decoder of a causal language model; called as that is, for one row of tokens."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.embed_tokens = decoder.embed_tokens
+        self.layers = decoder.layers
+        self.norm = decoder.norm
+        self.rotary_emb = decoder.rotary_emb
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [1, tokens]
+        position_ids: torch.Tensor,  # [1, tokens]
+        **arguments: Any,
+    ) -> BaseModelOutputWithPast:
+        context: AttentionContext = arguments[CONTEXT_KEYWORD]
+        embedded = self.embed_tokens(input_ids)
+        cos, sin = (each[0].contiguous() for each in self.rotary_emb(embedded, position_ids))
+        x, residual = ScaledOutput(embedded[0]), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, context)
+        hidden, _ = _norm(self.norm, x, residual, False)
+        return BaseModelOutputWithPast(last_hidden_state=hidden[None])  # type: ignore[index]
+
+
+def can_fuse(model: PreTrainedModel) -> bool:
+    """Whether every part of this model is one whose fused forward is known."""
+    decoder = getattr(model, "model", None)
+    if decoder is None or type(decoder).__name__ not in {f"{family}Model" for family in FAMILIES}:
+        return False
+    if not type(decoder).__module__.startswith("transformers.models."):
+        return False
+    inv_freq = getattr(decoder.rotary_emb, "inv_freq", None)
+    return inv_freq is not None and all(_matches(layer, 2 * inv_freq.numel()) for layer in decoder.layers)
+
+
+def fuse_layer(layer: nn.Module, to_fp8: bool) -> FusedLayer:
+    """The fused form of a layer of a model that `can_fuse`; it takes the layer's weights over."""
+    return FusedLayer(layer, to_fp8)
+
+
+def fuse_decoder(model: PreTrainedModel) -> None:
+    """Puts the fused decoder in place, once each layer is a FusedLayer."""
+    model.model = FusedDecoder(model.model)
+
+
+def _matches(layer: nn.Module, rotary_dim: int) -> bool:
+    names = {name for name, _ in layer.named_children()}
+    if names != LAYER_PARTS:
+        return False
+    attention: Any = layer.self_attn
+    parts = {name for name, _ in attention.named_children()}
+    return (
+        parts in (ATTENTION_PARTS, ATTENTION_PARTS | NORM_PARTS)
+        and attention.head_dim == rotary_dim
+        and all(type(getattr(attention, name)) is nn.Linear for name in PROJECTIONS)
+        and type(layer.mlp.gate_proj) is nn.Linear  # type: ignore[union-attr]
+        and type(layer.mlp.up_proj) is nn.Linear  # type: ignore[union-attr]
+        and attention.config.hidden_act in ACTIVATIONS
+    )
+
+
+def _window(attention: Any) -> int | None:
+    """Qwen's attention says its window; Mistral's reads it from the config; Llama's has none."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    if type(attention).__name__ == "MistralAttention":
+        return getattr(attention.config, "sliding_window", None)
+    return None
+
+
+def _norm(module: Any, x: ScaledOutput, residual: torch.Tensor | None, to_fp8: bool) -> Any:
+    return fused_ops.add_rms_norm(x, residual, module.weight, module.variance_epsilon, to_fp8)

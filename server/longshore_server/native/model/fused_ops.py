@@ -1,0 +1,92 @@
+"""The operations between a decoder layer's matrix products, fused: on CUDA one Triton kernel each.
+
+Each has its reference here in plain torch, which is the CPU path and the oracle of the kernel. Both round to
+the model's dtype where the modules of transformers do, so fused and plain models agree.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch.nn.functional import silu
+
+from longshore_server.native.model import fp8
+from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
+
+# What a fused operation hands to the next matrix product: plain rows, or FP8 ones where that product is FP8.
+Rows: TypeAlias = torch.Tensor | Fp8Rows
+
+
+def add_rms_norm(
+    x: ScaledOutput,  # [tokens, hidden]
+    residual: torch.Tensor | None,  # [tokens, hidden]; None for the first norm of a model
+    weight: torch.Tensor,  # [hidden]
+    eps: float,
+    to_fp8: bool,
+) -> tuple[Rows, torch.Tensor]:
+    """The normed sum of both, and the sum itself, which is the next residual."""
+    if x.values.is_cuda:
+        from longshore_server.native.model import triton_rows
+
+        return triton_rows.add_rms_norm(x, residual, weight, eps, to_fp8)
+    total = x.resolve(weight.dtype)
+    if residual is not None:
+        total = residual + total
+    floats = total.float()
+    normed = floats * torch.rsqrt(floats.pow(2).mean(-1, keepdim=True) + eps)
+    output = weight * normed.to(weight.dtype)
+    return (fp8.quantize_rows(output) if to_fp8 else output), total
+
+
+def silu_mul(x: ScaledOutput, dtype: torch.dtype, to_fp8: bool) -> Rows:
+    """[tokens, 2 * inner], gates before ups, to [tokens, inner]: silu(gate) * up."""
+    if x.values.is_cuda:
+        from longshore_server.native.model import triton_rows
+
+        return triton_rows.silu_mul(x, dtype, to_fp8)
+    gate, up = x.resolve(dtype).chunk(2, dim=-1)
+    output = silu(gate) * up
+    return fp8.quantize_rows(output) if to_fp8 else output
+
+
+def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
+    """Each row of [tokens, channels] by its own largest magnitude."""
+    if matrix.is_cuda:
+        from longshore_server.native.model import triton_rows
+
+        return triton_rows.quantize_rows(matrix)
+    return fp8.quantize_rows(matrix)
+
+
+def split_qkv(
+    x: ScaledOutput,  # [tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    cos: torch.Tensor,  # [tokens, head_dim]
+    sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None,  # q and k weight [head_dim], eps
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value [tokens, heads, head_dim]; query and key normed and rotated, in cos's dtype."""
+    if x.values.is_cuda:
+        from longshore_server.native.model import triton_rope
+
+        return triton_rope.split_qkv(x, cos, sin, num_heads, num_kv_heads, norms)
+    heads = x.resolve(cos.dtype).unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms is not None:
+        query = _rms_norm(query, norms[0], norms[2])
+        key = _rms_norm(key, norms[1], norms[2])
+    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    floats = x.float()
+    normed = floats * torch.rsqrt(floats.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The half-and-half rotation of Llama's published code."""
+    lower, upper = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-upper, lower), dim=-1) * sin[:, None]

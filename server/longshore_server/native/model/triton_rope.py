@@ -1,0 +1,105 @@
+"""Triton kernel between the merged qkv product and the attention: scales, bias, q/k norm, rotary embedding.
+
+References and shapes stand in fused_ops.py. Imported on CUDA only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.model.triton_rows import TRITON_DTYPES, _pointers
+
+HEADS_PER_PROGRAM = 8
+
+
+@triton.jit
+def _load_half(
+    values, row_scale, channel_scales, bias, offsets, mask,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALES:
+        x = x * row_scale * tl.load(channel_scales + offsets, mask=mask, other=0.0)
+    if HAS_BIAS:
+        x += tl.load(bias + offsets, mask=mask, other=0.0).to(tl.float32)
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _qkv_kernel(
+    values, row_scales, channel_scales, bias, cos, sin, q_weight, k_weight, query, key, value, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
+    dims = tl.arange(0, BLOCK_HALF)[None, :]
+    HALF: tl.constexpr = HEAD_DIM // 2
+    is_query = heads < NUM_HEADS
+    is_value = heads >= NUM_HEADS + NUM_KV_HEADS
+    mask = (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & (dims < HALF)
+    lower = heads * HEAD_DIM + dims
+    row = values + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    row_scale = 1.0
+    if HAS_SCALES:
+        row_scale = tl.load(row_scales + token)
+    x1 = _load_half(row, row_scale, channel_scales, bias, lower, mask, DTYPE, HAS_SCALES, HAS_BIAS)
+    x2 = _load_half(row, row_scale, channel_scales, bias, lower + HALF, mask, DTYPE, HAS_SCALES, HAS_BIAS)
+    if HAS_NORM:
+        mean_square = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1))[:, None] / HEAD_DIM
+        inverse = tl.rsqrt(mean_square + eps)
+        zeros = heads * 0
+        q1 = tl.load(q_weight + zeros + dims, mask=mask & is_query, other=0.0).to(tl.float32)
+        q2 = tl.load(q_weight + zeros + dims + HALF, mask=mask & is_query, other=0.0).to(tl.float32)
+        k1 = tl.load(k_weight + zeros + dims, mask=mask & ~is_query, other=0.0).to(tl.float32)
+        k2 = tl.load(k_weight + zeros + dims + HALF, mask=mask & ~is_query, other=0.0).to(tl.float32)
+        n1 = ((x1 * inverse).to(DTYPE).to(tl.float32) * (q1 + k1)).to(DTYPE).to(tl.float32)
+        n2 = ((x2 * inverse).to(DTYPE).to(tl.float32) * (q2 + k2)).to(DTYPE).to(tl.float32)
+        x1 = tl.where(is_value, x1, n1)
+        x2 = tl.where(is_value, x2, n2)
+    angle = token * HEAD_DIM + dims
+    half_mask = dims < HALF
+    cos1 = tl.load(cos + angle, mask=half_mask, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + angle + HALF, mask=half_mask, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + angle, mask=half_mask, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + angle + HALF, mask=half_mask, other=0.0).to(tl.float32)
+    y1 = tl.where(is_value, x1, x1 * cos1 - x2 * sin1).to(DTYPE)
+    y2 = tl.where(is_value, x2, x2 * cos2 + x1 * sin2).to(DTYPE)
+    q_place = query + token * (NUM_HEADS * HEAD_DIM) + lower
+    tl.store(q_place, y1, mask=mask & is_query)
+    tl.store(q_place + HALF, y2, mask=mask & is_query)
+    k_place = key + token * (NUM_KV_HEADS * HEAD_DIM) + lower - NUM_HEADS * HEAD_DIM
+    k_mask = mask & ~is_query & ~is_value
+    tl.store(k_place, y1, mask=k_mask)
+    tl.store(k_place + HALF, y2, mask=k_mask)
+    v_place = value + token * (NUM_KV_HEADS * HEAD_DIM) + lower - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
+    tl.store(v_place, y1, mask=mask & is_value)
+    tl.store(v_place + HALF, y2, mask=mask & is_value)
+
+
+def split_qkv(
+    x: ScaledOutput,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, num_channels = x.values.shape
+    num_all = num_heads + 2 * num_kv_heads
+    head_dim, dtype, device = num_channels // num_all, cos.dtype, x.values.device
+    query = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
+    key = torch.empty(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
+    value = torch.empty_like(key)
+    q_weight, k_weight, eps = (query, query, 0.0) if norms is None else norms
+    _qkv_kernel[(num_tokens, triton.cdiv(num_all, HEADS_PER_PROGRAM))](
+        *_pointers(x), cos, sin, q_weight, k_weight, query, key, value, eps,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, DTYPE=TRITON_DTYPES[dtype],
+        HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, HAS_NORM=norms is not None,
+        BLOCK_HEADS=HEADS_PER_PROGRAM, BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
+    )  # fmt: skip
+    return query, key, value

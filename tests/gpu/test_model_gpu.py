@@ -1,0 +1,312 @@
+"""The model's Triton kernels, FP8 products, fused layers and loaders on a GPU, at production shapes.
+
+Plain functions: they run under pytest, and without it as `PYTHONPATH=server:sdk_python python
+tests/gpu/test_model_gpu.py`, which prints one line for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+
+import torch
+
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.model import fp8, fused_ops
+from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
+from longshore_server.native.model.load import load_model
+
+try:
+    import pytest
+
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ]
+except ImportError:  # a bare GPU machine
+    pass
+
+DEVICE = "cuda"
+ROWS = (1, 32, 515)
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "eos_token_id": 2,
+}  # fmt: skip
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+QWEN3_8B = LLAMA_8B | {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "intermediate_size": 12288,
+    "vocab_size": 151936, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+# hidden, inner, heads, kv heads, head size
+SHAPES = ((4096, 14336, 32, 8, 128), (8192, 28672, 64, 8, 128))
+
+
+def _scaled(num_rows: int, num_channels: int, has_scales: bool) -> ScaledOutput:
+    """A linear layer's output, with or without the scales that an FP8 one leaves to the next kernel."""
+    values = torch.randn(num_rows, num_channels, device=DEVICE).bfloat16()
+    if not has_scales:
+        return ScaledOutput(values)
+    rows = torch.rand(num_rows, device=DEVICE) + 0.5
+    channels = torch.rand(num_channels, device=DEVICE) + 0.5
+    return ScaledOutput(values, rows, channels, torch.randn(num_channels, device=DEVICE).bfloat16())
+
+
+def _to_cpu(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.cpu()
+    if isinstance(x, Fp8Rows):
+        return x.dequantize().cpu()
+    if isinstance(x, ScaledOutput):
+        parts = (x.values, x.row_scales, x.channel_scales, x.bias)
+        return ScaledOutput(*(None if part is None else part.cpu() for part in parts))
+    return x
+
+
+def _error(output: Any, reference: Any) -> float:
+    """Norm of the difference over the norm of the reference; NaN compares as not small."""
+    mine = _to_cpu(output).double()
+    expected = _to_cpu(reference).double()
+    return float((mine - expected).norm() / expected.norm())
+
+
+def _assert_near(output: Any, reference: Any, to_fp8: bool = False) -> None:
+    """Within rounding of bf16; of e4m3, where a value on the edge may round to the other side."""
+    error = _error(output, reference)
+    assert error < (2e-2 if to_fp8 else 4e-3), error
+
+
+def test_add_rms_norm_equals_its_reference() -> None:
+    for hidden, *_ in SHAPES:
+        for num_rows in ROWS:
+            for has_scales, has_residual, to_fp8 in ((0, 0, 0), (0, 1, 0), (1, 1, 1), (0, 0, 1)):
+                x = _scaled(num_rows, hidden, bool(has_scales))
+                residual = torch.randn(num_rows, hidden, device=DEVICE).bfloat16() if has_residual else None
+                weight = torch.rand(hidden, device=DEVICE).bfloat16()
+                output, total = fused_ops.add_rms_norm(x, residual, weight, 1e-5, bool(to_fp8))
+                expected, expected_total = fused_ops.add_rms_norm(
+                    _to_cpu(x), _to_cpu(residual), weight.cpu(), 1e-5, bool(to_fp8)
+                )
+                _assert_near(output, expected, bool(to_fp8))
+                _assert_near(total, expected_total)
+
+
+def test_silu_mul_equals_its_reference() -> None:
+    for _, inner, *_ in SHAPES:
+        for num_rows in ROWS:
+            for has_scales, to_fp8 in ((False, False), (True, True), (True, False)):
+                x = _scaled(num_rows, 2 * inner, has_scales)
+                output = fused_ops.silu_mul(x, torch.bfloat16, to_fp8)
+                _assert_near(output, fused_ops.silu_mul(_to_cpu(x), torch.bfloat16, to_fp8), to_fp8)
+
+
+def test_split_qkv_equals_its_reference() -> None:
+    for _, _, heads, kv_heads, dim in (*SHAPES, (0, 0, 14, 2, 64), (0, 0, 6, 3, 80)):
+        for num_rows in ROWS:
+            angles = torch.rand(num_rows, dim // 2, device=DEVICE).repeat(1, 2) * 6.28
+            cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+            norms = tuple((torch.rand(2, dim, device=DEVICE) + 0.5).bfloat16().unbind())
+            for has_scales in (False, True):
+                x = _scaled(num_rows, (heads + 2 * kv_heads) * dim, has_scales)
+                for norm in (None, (*norms, 1e-6)):
+                    outputs = fused_ops.split_qkv(x, cos, sin, heads, kv_heads, norm)
+                    on_cpu = None if norm is None else tuple(_to_cpu(part) for part in norm)
+                    expected = fused_ops.split_qkv(_to_cpu(x), cos.cpu(), sin.cpu(), heads, kv_heads, on_cpu)
+                    for mine, reference in zip(outputs, expected, strict=True):
+                        _assert_near(mine, reference)
+
+
+def test_quantize_rows_equals_its_reference() -> None:
+    for hidden, inner, *_ in SHAPES:
+        for width in (hidden, inner):
+            for num_rows in ROWS:
+                matrix = torch.randn(num_rows, width, device=DEVICE).bfloat16()
+                output, expected = fused_ops.quantize_rows(matrix), fp8.quantize_rows(matrix.cpu())
+                _assert_near(output, expected, to_fp8=True)
+                _assert_near(output.scales, expected.scales)
+
+
+def test_fp8_product_equals_the_dequantized_product() -> None:
+    for hidden, inner, *_ in SHAPES:
+        for num_out, num_in in ((hidden, hidden), (2 * inner, hidden), (hidden, inner)):
+            weight = fp8.quantize_rows(torch.randn(num_out, num_in, device=DEVICE) * 0.02)
+            for num_rows in (1, 7, 32, 515):
+                rows = fp8.quantize_rows(torch.randn(num_rows, num_in, device=DEVICE))
+                output = fp8.multiply(rows, weight, None, torch.bfloat16).resolve(torch.bfloat16)
+                exact = rows.dequantize().double() @ weight.dequantize().double().t()
+                assert _error(output, exact) < 1e-2
+    torch.cuda.empty_cache()
+
+
+class CausalContext:
+    """Attention of one prompt over itself, so that a forward needs neither pages nor kernels."""
+
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            *(each.transpose(0, 1)[None] for each in (query, key, value)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return output[0].transpose(0, 1)
+
+    def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
+        """Nothing to check."""
+
+
+def _load(settings: dict[str, Any], **engine: Any) -> torch.nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(settings))
+        config = EngineConfig(model=folder, load_format="random", device=DEVICE, **engine)
+        model: torch.nn.Module = load_model(config).model
+        return model
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(token_ids.shape[1], device=DEVICE)[None]
+    logits: torch.Tensor = model(
+        input_ids=token_ids, position_ids=positions, use_cache=False, **{CONTEXT_KEYWORD: CausalContext()}
+    ).logits[0]
+    return logits
+
+
+def test_fused_model_equals_the_plain_one() -> None:
+    """Both in bf16, and both against float32 of the same weights: fusing must not be further from it."""
+    for family in (LLAMA_8B, QWEN3_8B):
+        settings = family | {"num_hidden_layers": 2}
+        token_ids = torch.randint(0, 1000, (1, 67), device=DEVICE)
+        plain = _load(settings, fuse_layers=False)
+        fused = _logits(_load(settings, fuse_layers=True), token_ids)
+        bf16 = _logits(plain, token_ids)
+        exact = _logits(plain.float(), token_ids)
+        fused_error, plain_error = _error(fused, exact), _error(bf16, exact)
+        print(
+            f"        {family['model_type']}: fused {fused_error:.2e}, plain {plain_error:.2e} from float32"
+        )
+        assert fused_error < max(1.5 * plain_error, 1e-3)
+
+
+def test_fp8_model_is_near_the_plain_one() -> None:
+    """Rounding to e4m3 costs a few percent at each of eight products; a wrong scale would cost all."""
+    for family in (LLAMA_8B, QWEN3_8B):
+        settings = family | {"num_hidden_layers": 2}
+        token_ids = torch.randint(0, 1000, (1, 67), device=DEVICE)
+        exact = _logits(_load(settings, fuse_layers=False), token_ids)
+        fused = _logits(_load(settings, quantization="fp8"), token_ids)
+        unfused = _logits(_load(settings, quantization="fp8", fuse_layers=False), token_ids)
+        errors = _error(fused, exact), _error(unfused, exact), _error(fused, unfused)
+        print(f"        {family['model_type']}: fused {errors[0]:.3f}, unfused {errors[1]:.3f} from bf16")
+        assert errors[0] < 0.15
+        assert errors[0] < 1.1 * errors[1]
+
+
+def test_fused_forward_replays_as_a_cuda_graph() -> None:
+    for quantization in ("none", "fp8"):
+        model = _load(LLAMA_8B | {"num_hidden_layers": 2}, quantization=quantization)
+        token_ids = torch.randint(0, 1000, (1, 16), device=DEVICE)
+        _logits(model, token_ids)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        positions = torch.arange(16, device=DEVICE)[None]
+        keywords = {CONTEXT_KEYWORD: CausalContext()}
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            output = model(input_ids=token_ids, position_ids=positions, use_cache=False, **keywords).logits[0]
+        token_ids.copy_(torch.randint(0, 1000, (1, 16), device=DEVICE))
+        graph.replay()
+        replayed = output.clone()
+        assert _error(replayed, _logits(model, token_ids)) < 1e-3
+        del graph, model, output
+        torch.cuda.empty_cache()
+
+
+def _timed_load(name: str, settings: dict[str, Any], **engine: Any) -> tuple[float, float, float]:
+    """Seconds, peak bytes and bytes kept of a random load."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    model = _load(settings, **engine)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start_s
+    peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    print(f"        {name}: {seconds:.2f} s, peak {peak / 1e9:.1f} GB, kept {kept / 1e9:.1f} GB", flush=True)
+    del model
+    torch.cuda.empty_cache()
+    return seconds, peak, kept
+
+
+def test_random_8b_is_there_within_seconds() -> None:
+    seconds, peak, kept = _timed_load("Llama-8B bf16", LLAMA_8B)
+    assert seconds < 10
+    assert peak < 1.15 * kept
+
+
+def test_random_70b_in_fp8_never_stands_in_bf16() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 100e9:
+        return
+    seconds, peak, kept = _timed_load("Llama-70B FP8", LLAMA_70B, quantization="fp8")
+    assert seconds < 25
+    assert kept < 76e9
+    assert peak < kept + 6e9
+
+
+def test_files_give_the_weights_that_were_saved() -> None:
+    """A sharded folder of a 1 GB model through pinned buffers, and its rate from the page cache."""
+    settings = LLAMA_8B | {"num_hidden_layers": 2, "vocab_size": 32000}
+    with tempfile.TemporaryDirectory() as folder:
+        saved = _load(settings, fuse_layers=False)
+        saved.save_pretrained(folder, max_shard_size="400MB")
+        (Path(folder) / "tokenizer.json").write_text("{}")
+        config = EngineConfig(model=folder, device=DEVICE, fuse_layers=False)
+        load_model(config)
+        torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        loaded = load_model(config).model
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start_s
+        num_bytes = sum(parameter.nbytes for parameter in loaded.parameters())
+        print(f"        {num_bytes / 1e9:.2f} GB in {seconds:.2f} s: {num_bytes / 1e9 / seconds:.1f} GB/s")
+        expected = dict(saved.named_parameters())
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
+def main() -> int:
+    """Runs every test here; prints its time, or its error, and goes on."""
+    failed = 0
+    for name, test in list(globals().items()):
+        if not name.startswith("test_"):
+            continue
+        start_s = time.perf_counter()
+        try:
+            test()
+            torch.cuda.synchronize()
+            print(f"ok      {name} {time.perf_counter() - start_s:.1f} s", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"FAILED  {name}: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
