@@ -27,6 +27,7 @@ from longshore_server.model_folder import check_model_folder, model_digest
 from longshore_server.native.errors import NativeEngineError
 from longshore_server.status_pipe import StatusPipe
 from longshore_server.trial import TrialNote
+from longshore_server.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def serve_engine(
         check_model_folder(config)
         engine = factory(config)
         info = _model_info(config, engine)
+        warm_up(engine)
     except (NativeEngineError, LongshoreError) as error:
         status.tell(error=" ".join(str(error).split()))
         return EXIT_CONFIG

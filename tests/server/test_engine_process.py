@@ -251,6 +251,15 @@ def test_sick_steps_end_the_engine_after_three_in_a_row_and_a_slow_one_after_its
 
 
 @pytest.mark.slow
+def test_it_has_generated_before_it_says_that_it_is_ready(tmp_path: Path) -> None:
+    with engine_process(engine_config(tiny_model_folder(tmp_path / "tiny"))) as engine:
+        peer = RawPeer(engine.socket_path)
+        peer.send_bytes(HELLO)
+        before = stats(peer)
+        assert (before.num_finished, before.num_running, before.kv_usage) == (2, 0, 0.0)
+        peer.close()
+
+
 def test_signals_leave_it_alone_and_the_end_of_its_lifeline_ends_it(tmp_path: Path) -> None:
     with engine_process(engine_config(tiny_model_folder(tmp_path / "tiny"))) as engine:
         for number in (signal.SIGTERM, signal.SIGINT):
