@@ -1,5 +1,5 @@
 # Every target does its own set-up; the first one on a machine takes some minutes to install.
-.PHONY: help setup demo test check format fuzz clean
+.PHONY: help setup demo test clients check format fuzz clean
 .DEFAULT_GOAL := help
 
 help:    ## list the targets
@@ -13,6 +13,10 @@ demo: setup  ## ask real questions on device, edge and core
 
 test: setup  ## the whole test suite
 	@scripts/test
+
+clients: setup  ## node packages, Chromium and Kotlin, then the tests of other runtimes
+	@scripts/clients
+	@scripts/test tests/clients
 
 check: setup  ## format, lint, import rules, types
 	@scripts/check

@@ -1,0 +1,199 @@
+/**
+ * Brings a bundle from an edge, and lets through only what a trusted key signed. Runs no model.
+ *
+ * Everything is kept, files by their digest, so a new version brings only what changed and a page without a
+ * network still starts; kept bytes are checked again whenever they are read. The store is passed in:
+ * `get(key)`, `put(key, bytes)`, `keepOnly(keys)`, `highest(name)`, `setHighest(name, text)`.
+ */
+
+import { damaged, incompatible, LongshoreError, refused } from "./errors.mjs";
+
+const MAX_MANIFEST_BYTES = 1024 * 1024;
+const MAX_SIGNATURE_BYTES = 1024;
+const MAX_FILE_BYTES = 512 * 1024 * 1024; // what a page can hold
+const MAX_TRIES = 4;
+const NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$/;
+const PATH = /^[A-Za-z0-9_][A-Za-z0-9_.-]*(\/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}$/;
+const SHA256 = /^[0-9a-f]{64}$/;
+
+/**
+ * The manifest and a function that gives a file's checked bytes.
+ *
+ * `trustedKeys` maps key ids to 32 bytes of base64url; `edge.file(name, path, headers)` fetches. Throws
+ * bundle_invalid for the signature, bundle_rollback for anything that is not newer than what was seen.
+ */
+export async function openBundle(edge, name, trustedKeys, store, nowS = Date.now() / 1000) {
+  const [body, signature] = await offered(edge, name, store);
+  const manifest = await checkManifest(body, signature, trustedKeys, nowS);
+  if (manifest.name !== name) throw refused(`asked for ${name}, got ${manifest.name}`);
+  await refuseOlder(manifest, await sha256(body), store);
+  await store.put(`${name}.manifest`, body);
+  await store.put(`${name}.signature`, signature);
+  await store.keepOnly([`${name}.manifest`, `${name}.signature`, ...manifest.files.map((file) => file.sha256)]);
+  const read = (path, progress) => fileBytes(edge, manifest, path, store, progress);
+  return { manifest, read };
+}
+
+/** Manifest and signature as the edge has them; those of the last visit where it can't be reached. */
+async function offered(edge, name, store) {
+  try {
+    const body = await whole(await edge.file(name, "manifest.json"), MAX_MANIFEST_BYTES);
+    return [body, await whole(await edge.file(name, "manifest.sig"), MAX_SIGNATURE_BYTES)];
+  } catch (error) {
+    if (error.code !== "connection_failed") throw error;
+    const kept = [await store.get(`${name}.manifest`), await store.get(`${name}.signature`)];
+    if (kept.includes(null)) throw error;
+    return kept;
+  }
+}
+
+/** The high-water mark: a lower version, or another manifest of the same one, is never taken. */
+async function refuseOlder(manifest, digest, store) {
+  const [version, seenDigest] = ((await store.highest(manifest.name)) ?? "0 -").split(" ");
+  const isOther = manifest.version === Number(version) && digest !== seenDigest;
+  if (manifest.version < Number(version) || isOther) {
+    throw new LongshoreError("bundle_rollback", `version ${manifest.version} is not newer than ${version}`);
+  }
+  await store.setHighest(manifest.name, `${manifest.version} ${digest}`);
+}
+
+/** The manifest in `body`, if one of the keys signed exactly these bytes and they have not expired. */
+export async function checkManifest(body, signature, trustedKeys, nowS) {
+  const manifest = parsed(body);
+  const { key_id: keyId, expires_at: expiresAt } = manifest;
+  if (typeof keyId !== "string" || !Object.hasOwn(trustedKeys, keyId)) {
+    throw refused("the bundle is not signed by a trusted key");
+  }
+  const text = new TextDecoder().decode(signature).replace(/\n$/, "");
+  if (!(await verifies(trustedKeys[keyId], text, body))) throw refused("the signature does not fit the manifest");
+  if (expiresAt != null && !(nowS < expiresAt)) throw refused("the bundle has expired");
+  checkForm(manifest);
+  return manifest;
+}
+
+async function verifies(keyText, signatureText, payload) {
+  const [key, signature] = [decodeBase64Url(keyText), decodeBase64Url(signatureText)];
+  if (key?.length !== 32 || signature?.length !== 64) return false;
+  const imported = await crypto.subtle.importKey("raw", key, "Ed25519", false, ["verify"]);
+  return crypto.subtle.verify("Ed25519", imported, signature, payload);
+}
+
+function parsed(body) {
+  try {
+    const value = JSON.parse(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(body));
+    if (value !== null && typeof value === "object" && !Array.isArray(value)) return value;
+  } catch {
+    // said below
+  }
+  throw damaged("the manifest is not a JSON object");
+}
+
+/** What the rest of the page relies on; the signer has checked the whole form. */
+function checkForm(manifest) {
+  if ((manifest.format_version ?? 1) !== 1) throw incompatible(`format ${manifest.format_version} is not known`);
+  const { name, version, files, variants, kv } = manifest;
+  const isWhole = (value, least) => Number.isSafeInteger(value) && value >= least;
+  const isNamed = typeof name === "string" && NAME.test(name) && isWhole(version, 1);
+  if (!isNamed || ![files, variants, manifest.eos_token_ids].every((list) => Array.isArray(list) && list.length)) {
+    throw damaged("the manifest lacks a field");
+  }
+  for (const file of files) {
+    const isSafe = PATH.test(file.path) && !/\.(\/|$)/.test(file.path);
+    if (!(isSafe && SHA256.test(file.sha256) && isWhole(file.size_bytes, 0))) {
+      throw damaged(`the manifest describes ${file.path} badly`);
+    }
+  }
+  for (const size of ["num_layers", "num_kv_heads", "head_dim", "max_tokens"]) {
+    if (!isWhole(kv?.[size], 1)) throw damaged(`kv.${size} is missing`);
+  }
+  if (typeof manifest.chat_template?.roles !== "object") throw damaged("the chat table is missing");
+  for (const path of [manifest.tokenizer_file, ...variants.map((variant) => variant.file)]) {
+    if (!files.some((file) => file.path === path)) throw damaged(`${path} is not listed`);
+  }
+}
+
+async function fileBytes(edge, manifest, path, store, progress = () => {}) {
+  const file = manifest.files.find((entry) => entry.path === path);
+  if (!file) throw damaged(`${path} is not listed`);
+  if (file.size_bytes > MAX_FILE_BYTES) throw incompatible(`${path} is too large for a page`);
+  const kept = await store.get(file.sha256);
+  if (kept && (await sha256(kept)) === file.sha256) return kept;
+  const bytes = await download(edge, manifest.name, file, progress);
+  if ((await sha256(bytes)) !== file.sha256) throw damaged(`${path} is damaged`);
+  await store.put(file.sha256, bytes);
+  return bytes;
+}
+
+/** The bytes of a file; a broken download goes on from the last good piece. */
+async function download(edge, name, file, progress) {
+  const bytes = new Uint8Array(file.size_bytes);
+  let begin = 0;
+  for (let tries = 1; ; tries++) {
+    const headers = begin ? { Range: `bytes=${begin}-`, "If-Range": `"${file.sha256}"` } : {};
+    let end = 0;
+    try {
+      const response = await edge.file(name, file.path, headers);
+      end = response.status === 206 ? begin : 0;
+      for await (const piece of pieces(response)) {
+        if (end + piece.length > bytes.length) throw damaged(`${file.path} is too long`);
+        bytes.set(piece, end);
+        end += piece.length;
+        progress(end, bytes.length);
+      }
+      if (end === bytes.length) return bytes;
+    } catch (error) {
+      if (error instanceof LongshoreError && error.code !== "connection_failed") throw error;
+    }
+    if (tries === MAX_TRIES) throw damaged(`${file.path} broke off at ${end} of ${bytes.length} bytes`);
+    begin = await goodBytes(bytes.subarray(0, end), file);
+  }
+}
+
+/** How much of a broken download is good: whole pieces whose digests are those of the manifest. */
+async function goodBytes(bytes, file) {
+  let good = 0;
+  for (const digest of file.chunk_sha256 ?? []) {
+    const piece = bytes.subarray(good, good + file.chunk_bytes);
+    if (good + piece.length >= file.size_bytes || (await sha256(piece)) !== digest) break;
+    good += piece.length;
+  }
+  return good;
+}
+
+async function whole(response, maxBytes) {
+  const parts = [];
+  let size = 0;
+  for await (const piece of pieces(response)) {
+    size += piece.length;
+    if (size > maxBytes) throw damaged("the edge sends far more than a manifest");
+    parts.push(piece);
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+async function* pieces(response) {
+  const reader = response.body.getReader();
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      yield value;
+    }
+  } finally {
+    await reader.cancel().catch(() => {});
+  }
+}
+
+async function sha256(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** The bytes of canonical unpadded base64url, or null for anything else. */
+export function decodeBase64Url(text) {
+  if (!/^[A-Za-z0-9_-]*$/.test(text) || text.length % 4 === 1) return null;
+  const plain = text.replaceAll("-", "+").replaceAll("_", "/");
+  const binary = atob(plain);
+  if (btoa(binary).replace(/=+$/, "") !== plain) return null; // loose bits in the last character
+  return Uint8Array.from(binary, (char) => char.charCodeAt(0));
+}

@@ -1,0 +1,67 @@
+/** Greedy tokens of chats on onnxruntime-node, by the browser example's modules: JSON in, JSON out. */
+
+import { readFile } from "node:fs/promises";
+import { createRequire } from "node:module";
+import { join } from "node:path";
+import { Tokenizer } from "../../examples/browser/client/tokenizer.mjs";
+import { checkManifest } from "../../examples/browser/client/bundle.mjs";
+import { encodeChat } from "../../examples/browser/client/prompt.mjs";
+import { chooseVariant, Student } from "../../examples/browser/client/student.mjs";
+
+const require = createRequire(new URL("../../examples/browser/package.json", import.meta.url));
+
+let input = "";
+for await (const piece of process.stdin) input += piece;
+const job = JSON.parse(input);
+
+/** What the module under test says of every golden case. */
+async function vectors() {
+  const tokenizer = new Tokenizer(JSON.parse(await readFile(job.tokenizer, "utf-8")));
+  const bytes = (text) => new Uint8Array(Buffer.from(text, "base64"));
+  const textOf = (ids) => Buffer.concat(ids.map((id) => tokenizer.bytesOf(id))).toString();
+  return {
+    tokenizer: job.texts.map((text) => {
+      const ids = tokenizer.encode(text);
+      return { text, ids, decoded: textOf(ids) };
+    }),
+    template: job.chats.map((messages) => refusal(() => encodeChat(tokenizer, job.template, messages))),
+    bundles: await Promise.all(
+      job.bundles.map(({ manifest, signature }) =>
+        refusal(async () => {
+          const body = await checkManifest(bytes(manifest), Buffer.from(signature), job.trusted, Date.now() / 1000);
+          return body.version;
+        }),
+      ),
+    ),
+  };
+}
+
+async function refusal(work) {
+  try {
+    return await work();
+  } catch (error) {
+    return error.code ?? `${error}`;
+  }
+}
+
+async function tokens() {
+  const ort = require("onnxruntime-node");
+  const manifest = JSON.parse(await readFile(join(job.bundle, "manifest.json"), "utf-8"));
+  const file = (path) => readFile(join(job.bundle, path));
+  const variant = chooseVariant(manifest, [job.precision]);
+  const options = { executionProviders: ["cpu"], intraOpNumThreads: 1 };
+  const student = await Student.open(
+    ort, manifest, await file(variant.file), await file(manifest.tokenizer_file), options,
+  );
+  const answers = [];
+  for (const messages of job.chats) {
+    const ids = [];
+    for await (const token of student.answer(messages, job.numTokens)) ids.push(token.id);
+    answers.push(ids);
+  }
+  return { answers, version: ort.env.versions.node };
+}
+
+const result = job.what === "vectors" ? await vectors() : await tokens();
+if (Array.isArray(result.template)) result.template = await Promise.all(result.template);
+process.stdout.write(JSON.stringify(result));

@@ -1,0 +1,123 @@
+"""The browser example in headless Chromium: same tokens as Python, offline, fallback, refused bundles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from clients.conftest import KEY, KEY_ID, NUM_TOKENS, Chat
+from clients.runtimes import BROWSER, need_node_packages, run_browser
+from longshore.signing import PrivateKey
+from longshore.tier_process import TierProcess
+from longshore.wire import Manifest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+BUNDLE = "shop-student-int8"
+API_KEY = "test-key"
+SHEET = "The lamp is red. The lamp costs $7. There are 12 lamps in stock."
+
+
+@contextmanager
+def page_server(config: Path) -> Iterator[str]:
+    command = [need_node_packages(), str(BROWSER / "serve.mjs"), "--port", "0", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.kill()
+        process.wait(5)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def site(
+    bundle: tuple[Path, Manifest],
+    int8_bundle: tuple[Path, Manifest],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """An edge whose only model is the student in fp32; it hands out that bundle, and the page's in int8."""
+    folder = tmp_path_factory.mktemp("site")
+    config = folder / "config.json"
+    with page_server(config) as url:
+        digest = hashlib.sha256(API_KEY.encode()).hexdigest()
+        (folder / "edge.toml").write_text(
+            f'node = "harbour"\nport = 0\nallowed_origins = ["{url.rstrip("/")}"]\n'
+            f'student_bundle = "{bundle[0]}"\n'
+            f'[[keys]]\ntenant = "page"\nkey_sha256 = "{digest}"\n'
+            f'[[bundles]]\npath = "{bundle[0]}"\n[[bundles]]\npath = "{int8_bundle[0]}"\n'
+        )
+        with TierProcess(["edge", "--config", str(folder / "edge.toml")], start_timeout_s=60) as edge:
+            settings = json.loads((BROWSER / "config.json").read_text())
+            settings |= {
+                "edge_url": edge.url,
+                "bundle": BUNDLE,
+                "trusted_keys": {KEY_ID: KEY.public_key.text},
+            }
+            config.write_text(json.dumps(settings))
+            yield url
+
+
+def test_the_page_answers_on_the_device_and_falls_back(site: str, tmp_path: Path) -> None:
+    ask = {"step": "ask", "sheet": SHEET, "question": "What is the price of the lamp?"}
+    colour = {"step": "ask", "sheet": SHEET, "question": "What colour is the lamp?", "isPrivate": True}
+    model = f"/bundles/{BUNDLE}/model.onnx"
+    opened, first, brought, _, again, kept, offline, _, _, fallen, private, _ = run_browser(
+        site,
+        {"step": "open"},
+        ask,
+        {"step": "requests"},
+        {"step": "block", "text": "/bundles/"},
+        {"step": "open"},  # a second visit, without the edge
+        {"step": "requests"},
+        colour,
+        {"step": "block", "text": ".wasm"},
+        {"step": "open"},  # now the device can't start
+        ask,
+        {**ask, "isPrivate": True},
+        {"step": "screenshot", "path": str(tmp_path / "page.png")},
+    )
+    assert "ready on this device" in opened["status"] and KEY_ID in opened["status"]
+    assert (first["tier"], first["text"], first["why"]) == ("device", "The lamp costs $7.", "")
+    assert "first token after" in first["time"]
+    assert model in brought and "/v1/chat/completions" not in brought
+    assert "ready on this device" in again["status"] and model not in kept
+    assert offline["tier"] == "device" and "red" in offline["text"]
+    assert fallen["tier"] == "edge" and fallen["text"] == "The lamp costs $7."
+    assert "not by the device: device_failed" in fallen["why"]
+    assert private["tier"] == "error" and "device_failed" in private["why"]
+
+
+def test_onnxruntime_web_gives_the_same_tokens(
+    site: str, chats: list[Chat], expected: list[list[int]], int8_expected: list[list[int]]
+) -> None:
+    job = {"step": "tokens", "chats": chats, "numTokens": NUM_TOKENS}
+    _, fp32, int8 = run_browser(
+        site, {"step": "open"}, {**job, "bundle": "shop-student"}, {**job, "bundle": BUNDLE}
+    )
+    assert fp32["answers"] == expected
+    assert int8["answers"] == int8_expected
+
+
+def test_a_bundle_of_another_key_or_an_older_one_is_not_run(site: str) -> None:
+    other = {KEY_ID: PrivateKey.generate().public_key.text}
+    _, refused, requests, _, _, rolled_back = run_browser(
+        site,
+        {"step": "configure", "changes": {"trusted_keys": other}},
+        {"step": "open"},
+        {"step": "requests"},
+        {"step": "configure", "changes": {"trusted_keys": {KEY_ID: KEY.public_key.text}}},
+        {"step": "remember", "key": f"longshore-highest-{BUNDLE}", "value": "2 -"},
+        {"step": "open"},
+    )
+    assert "signature does not fit" in refused["status"]
+    assert f"/bundles/{BUNDLE}/manifest.sig" in requests
+    assert f"/bundles/{BUNDLE}/tokenizer.json" not in requests
+    assert "not newer than 2" in rolled_back["status"]
