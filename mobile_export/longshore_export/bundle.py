@@ -5,26 +5,19 @@ Owns what stands in the manifest; installing bundles is the SDK's.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from longshore.bundle import load_bundle, model_digest
+from longshore.bundle import SigningKey, describe_file, model_digest, write_manifest
 from longshore.errors import ExportError
-from longshore.signing import PrivateKey, encode_base64url
 from longshore.wire import (
     MANIFEST_NAME,
-    SIGNATURE_NAME,
-    BundleFile,
     KvGeometry,
     Manifest,
     Variant,
-    dump_json,
-    encode,
-    load_manifest,
 )
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import Checkpoint, load_checkpoint
@@ -34,15 +27,6 @@ from longshore_export.verify import Parity
 
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
-CHUNK_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class SigningKey:
-    """The operator's key and the id under which devices know its public half."""
-
-    key_id: str
-    key: PrivateKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +69,7 @@ def export_student(
             name=name or model_dir.resolve().name,
             version=version,
             model_digest=model_digest(model_dir),
-            files=tuple(_describe(folder, path) for path in (MODEL_NAME, TOKENIZER_NAME)),
+            files=tuple(describe_file(folder, path) for path in (MODEL_NAME, TOKENIZER_NAME)),
             variants=(Variant(variant, MODEL_NAME, built.precision, "built", built.required_operators),),
             tokenizer_file=TOKENIZER_NAME,
             kv=_kv(checkpoint),
@@ -95,7 +79,7 @@ def export_student(
             opset=OPSET,
             capabilities={"images": False, "vocab_size": checkpoint.shape.vocab_size, **(capabilities or {})},
         )
-        manifest = _write_manifest(folder, manifest, signing_key)
+        manifest = write_manifest(folder, manifest, signing_key)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         folder.rename(out_dir)
@@ -112,24 +96,3 @@ def _check_out(out_dir: Path) -> None:
 def _kv(checkpoint: Checkpoint) -> KvGeometry:
     shape = checkpoint.shape
     return KvGeometry(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.max_tokens)
-
-
-def _describe(folder: Path, path: str) -> BundleFile:
-    data = (folder / path).read_bytes()
-    chunks = [data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES)]
-    digests = tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks)
-    whole = hashlib.sha256(data).hexdigest()
-    return BundleFile(path, len(data), whole, CHUNK_BYTES, digests)
-
-
-def _write_manifest(folder: Path, manifest: Manifest, signing_key: SigningKey | None) -> Manifest:
-    """Write and sign it, then read the whole bundle back as a device would."""
-    if signing_key is not None:
-        manifest = replace(manifest, key_id=signing_key.key_id)
-    body = dump_json(encode(manifest))
-    load_manifest(body)
-    (folder / MANIFEST_NAME).write_bytes(body)
-    if signing_key is None:
-        return load_bundle(folder)
-    (folder / SIGNATURE_NAME).write_text(encode_base64url(signing_key.key.sign(body)) + "\n", "ascii")
-    return load_bundle(folder, trusted_keys={signing_key.key_id: signing_key.key.public_key})

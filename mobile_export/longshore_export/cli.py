@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from longshore_export import gate_cli
 
 if TYPE_CHECKING:
-    from longshore_export.bundle import SigningKey
+    from longshore.bundle import SigningKey
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,9 +26,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     student.add_argument("--max-tokens", type=int, help="context on the device; the model's by default")
     student.add_argument(
-        "--sign-key", type=Path, metavar="FILE", help="file with the Ed25519 key to sign with"
+        "--sign-key", type=Path, metavar="FILE", help="key file of `longshore bundle keygen`, or a bare seed"
     )
-    student.add_argument("--key-id", help="id under which devices know the key")
+    student.add_argument("--key-id", help="id under which devices know a bare seed")
     gate_cli.add_arguments(student)
     student.set_defaults(run=_student)
 
@@ -72,17 +72,6 @@ def _of(variant: str) -> str:
 
 
 def _signing_key(args: argparse.Namespace) -> SigningKey | None:
-    from longshore.errors import ConfigError
+    from longshore.bundle import read_signing_key
 
-    if args.sign_key is None:
-        return None
-    from longshore.signing import PrivateKey
-    from longshore_export.bundle import SigningKey
-
-    if not args.key_id:
-        raise ConfigError("--sign-key needs --key-id")
-    try:
-        text = args.sign_key.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key {args.sign_key} can't be read: {error}") from None
-    return SigningKey(args.key_id, PrivateKey(text))
+    return None if args.sign_key is None else read_signing_key(args.sign_key, args.key_id)
