@@ -111,6 +111,8 @@ class CoreConfig:
     max_waiting: Annotated[int, Interval(ge=0, le=1 << 20)] = 1024
     enable_prefix_cache: bool = True
     batch_invariant: bool = False
+    attention_sparsity: Annotated[str, Len(1, 200)] = "dense"
+    kv_swap: Annotated[tuple[Annotated[str, Len(1, 4096)], ...], Len(0, 8)] = ()
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
     num_threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
     max_replays: Annotated[int, Interval(ge=0, le=16)] = 1

@@ -64,6 +64,8 @@ def native_engine(config: CoreConfig) -> Any:
             max_num_waiting=config.max_waiting,
             enable_prefix_cache=config.enable_prefix_cache,
             batch_invariant=config.batch_invariant,
+            attention_sparsity=config.attention_sparsity,
+            kv_swap=config.kv_swap,
             seed=config.seed,
         )
     )

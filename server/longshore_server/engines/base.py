@@ -92,6 +92,7 @@ class EngineToken:
 class EngineStats:
     """Counters since the engine started, and its state now.
 
+    `num_swaps_chosen` and `num_recomputes_chosen` say what became of preempted sequences' KV.
     `kv_usage` is 0..1; prefix cache figures are in tokens; `step_s_total` is the time spent in steps, whose
     number is `num_steps`; `num_restarts` and `num_replays` are counted by the side that watches the engine.
     """
@@ -107,6 +108,13 @@ class EngineStats:
     num_generated_tokens: int = 0
     num_finished: int = 0
     num_failed: int = 0
+    num_held: int = 0
+    num_swaps_chosen: int = 0
+    num_recomputes_chosen: int = 0
+    num_blocks_swapped_out: int = 0
+    num_blocks_swapped_in: int = 0
+    num_swap_faults: int = 0
+    num_blocks_in_swap: int = 0
     step_s_total: float = 0.0
     step_s_last: float = 0.0
     step_s_max: float = 0.0

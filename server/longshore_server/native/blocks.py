@@ -6,7 +6,7 @@ It knows block numbers and digests, never tensors or requests; the scheduler is 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from longshore_server.native.errors import OutOfBlocksError
 
@@ -26,6 +26,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._free: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self.on_evict: Callable[[int, bytes], None] | None = None  # told of block and digest before reuse
 
     @property
     def num_available(self) -> int:
@@ -59,6 +60,13 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def lookup(self, digest: bytes) -> int | None:
+        """The block that is indexed under a digest."""
+        return self._block_of.get(digest)
+
+    def is_indexed(self, block: int) -> bool:
+        return self._digest_of[block] is not None
 
     def share(self, blocks: Sequence[int]) -> None:
         """Adds a reference to blocks that match() gave."""
@@ -116,6 +124,8 @@ class BlockPool:
         block, _ = self._cached.popitem(last=False)
         digest = self._digest_of[block]
         assert digest is not None
+        if self.on_evict is not None:
+            self.on_evict(block, digest)
         del self._block_of[digest]
         self._digest_of[block] = None
         return block

@@ -8,6 +8,7 @@ from typing import Literal
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.checks import check_int
 from longshore_server.native.errors import ConfigError
+from longshore_server.native.offload.spec import parse_kv_swap
 
 LOAD_FORMATS = ("auto", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,6 +30,8 @@ class EngineConfig:
     activations in FP8 with a scale per token; embeddings, norms and head stay in `dtype`. `fuse_layers` None
     fuses the layers of known architectures on a GPU, and everywhere with FP8.
     `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
+    `kv_swap` names memories for KV blocks that the device has no room for, fastest first: ("host:32GiB",
+    "file:/mnt/nvme/kv:256GiB"); a file's folder must exist and the file must not.
     `tensor_parallel_size` ranks, each its own process, share every layer; with `placement`
     "attention_feed_forward" there are two instead, one with the attention and one with the feed-forward
     blocks. Device "cuda" gives each rank its own GPU; a numbered one is shared by all ranks, for trying out.
@@ -50,6 +53,7 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     batch_invariant: bool | None = None
     attention_sparsity: str = "dense"
+    kv_swap: tuple[str, ...] = ()
     seed: int = 0
     tensor_parallel_size: int = 1
     placement: Literal["tensor_parallel", "attention_feed_forward"] = "tensor_parallel"
@@ -73,6 +77,8 @@ class EngineConfig:
             )
         if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
             raise ConfigError("num_kv_blocks", "give num_kv_blocks or kv_memory_bytes, not both")
+        if parse_kv_swap(self.kv_swap) and self.num_ranks > 1:
+            raise ConfigError("kv_swap", "is not available with several ranks")
         if parse_sparsity(self.attention_sparsity) is not None and self.batch_invariant:
             raise ConfigError("batch_invariant", "cannot be had with attention_sparsity")
         if self.batch_invariant and not self.may_be_batch_invariant:

@@ -70,7 +70,11 @@ class NativeEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_waiting=config.max_num_waiting,
             enable_prefix_cache=config.enable_prefix_cache,
+            offload=built.offload,
         )
+        self._offload = built.offload
+        if built.offload is not None:
+            self.capabilities |= {"swap"}
         self._arrivals = count()
         self._endings: list[TokenOutput] = []  # of requests that ended outside a step
         self._num_steps = 0
@@ -144,8 +148,28 @@ class NativeEngine:
             self._report_ending(sequence)
         return sequence is not None
 
+    def preempt(self, request_id: str) -> bool:
+        """Sends a running request back to wait for its turn, by rank; its tokens so far stay. False if it
+        is not running. With `kv_swap` its KV is kept where that is predicted to be faster than computing it.
+        """
+        return self._scheduler.preempt(request_id)
+
+    def swap_out(self, request_id: str) -> bool:
+        """Takes a request out of the batch and the queue until swap_in(); False if it is not here or is out.
+
+        It still counts as a request, can be aborted, and its deadline holds whenever a step is made.
+        """
+        return self._scheduler.swap_out(request_id)
+
+    def swap_in(self, request_id: str) -> bool:
+        """Lets a request that swap_out() took out wait for its turn again; False if it is not out."""
+        return self._scheduler.swap_in(request_id)
+
     def has_unfinished(self) -> bool:
-        """True while a request is waiting or running, or an ending has not been handed out."""
+        """True while a request is waiting or running, or an ending has not been handed out.
+
+        Requests that swap_out() took out do not count.
+        """
         return self._scheduler.has_unfinished or bool(self._endings)
 
     # --- the step ---
@@ -153,14 +177,30 @@ class NativeEngine:
     def step(self) -> list[TokenOutput]:
         """Schedules, runs, postprocesses: at most one output per running request, and the pending endings."""
         schedule = self._schedule()
+        start_s = time.perf_counter()
         results = self._run(schedule)
+        self._note_speed(schedule, time.perf_counter() - start_s)
         return self._postprocess(schedule, results)
 
     def _schedule(self) -> Schedule:
         schedule = self._scheduler.schedule(self._clock())
         for sequence in schedule.expired:  # noted before the run, which may raise
             self._report_ending(sequence)
+        self._swap(schedule)
         return schedule
+
+    def _swap(self, schedule: Schedule) -> None:
+        """Copies what the schedule wants copied; who misses content after that is computed again."""
+        lost = self._offload.execute() if self._offload is not None else []
+        if lost:
+            losers = self._scheduler.recompute(lost)
+            schedule.chunks = [chunk for chunk in schedule.chunks if chunk.sequence not in losers]
+
+    def _note_speed(self, schedule: Schedule, elapsed_s: float) -> None:
+        """Steps that are mostly prefill tell what computing a token takes."""
+        num_tokens = sum(chunk.num_tokens for chunk in schedule.chunks)
+        if self._offload is not None and num_tokens > 2 * len(schedule.chunks):
+            self._offload.note_computed(num_tokens, elapsed_s)
 
     def _run(self, schedule: Schedule) -> list[ChunkResult]:
         self._runner.clear_blocks(schedule.new_blocks)
@@ -268,6 +308,8 @@ class NativeEngine:
             num_generated_tokens=self._num_generated_tokens,
             num_finished=self._num_finished,
             num_failed=self._num_failed,
+            num_held=len(scheduler.held),
+            **({} if self._offload is None else self._offload.figures()),
         )
 
     def close(self) -> None:
@@ -283,6 +325,8 @@ class NativeEngine:
         if self._ranks is not None:
             self._ranks.check_in_step()
         self._scheduler.check_integrity()
+        if self._offload is not None:
+            self._offload.check_integrity()
 
 
 def _output(sequence: Sequence, token: SampledToken | None, error: str | None = None) -> TokenOutput:

@@ -43,3 +43,10 @@ class EngineStats:
     num_generated_tokens: int
     num_finished: int
     num_failed: int
+    num_held: int = 0  # taken out by swap_out()
+    num_swaps_chosen: int = 0  # preemptions whose KV was kept elsewhere
+    num_recomputes_chosen: int = 0  # preemptions whose KV was given up, since computing it is faster
+    num_blocks_swapped_out: int = 0
+    num_blocks_swapped_in: int = 0
+    num_swap_faults: int = 0
+    num_blocks_in_swap: int = 0

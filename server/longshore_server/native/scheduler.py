@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.errors import DuplicateRequestError, QueueFullError
 from longshore_server.native.outputs import FinishReason
+from longshore_server.native.prefix import KnownPrefix, Offload, find_prefix, unit_keys
 from longshore_server.native.sequence import Sequence, SequenceStatus
 
 SEQUENCES_PER_SPARE_BLOCK = 8
@@ -55,6 +56,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_waiting: int,
         enable_prefix_cache: bool = True,
+        offload: Offload | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.pool = pool
@@ -62,8 +64,12 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_waiting = max_num_waiting
         self.enable_prefix_cache = enable_prefix_cache
+        self.offload = offload
+        if offload is not None:
+            pool.on_evict = offload.evicted
         self.running: list[Sequence] = []  # by rank
         self.waiting: list[Sequence] = []  # by rank
+        self.held: dict[str, Sequence] = {}  # waiting, but not let in before swap_in()
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -75,7 +81,8 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._sequences)
+        """True while something is to be computed; what is held does not count."""
+        return len(self._sequences) > len(self.held)
 
     @property
     def is_full(self) -> bool:
@@ -99,6 +106,41 @@ class Scheduler:
             self.finish(sequence, "abort")
         return sequence
 
+    def preempt(self, request_id: str) -> bool:
+        """Sends a running sequence back to wait; False if it is not running."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.status is not SequenceStatus.RUNNING:
+            return False
+        self._preempt(sequence)
+        return True
+
+    def swap_out(self, request_id: str) -> bool:
+        """Takes a sequence out until swap_in(); False if it is not here or is held already."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or request_id in self.held:
+            return False
+        self.preempt(request_id)
+        _remove(self.waiting, sequence)
+        self.held[request_id] = sequence
+        return True
+
+    def swap_in(self, request_id: str) -> bool:
+        """Lets a held sequence wait for its turn again; False if it is not held."""
+        sequence = self.held.pop(request_id, None)
+        if sequence is not None:
+            insort(self.waiting, sequence, key=_rank)
+        return sequence is not None
+
+    def recompute(self, blocks: list[int]) -> list[Sequence]:
+        """Gives up what running sequences hold in blocks that could not be filled; who has to start again."""
+        lost = set(blocks)
+        losers = [sequence for sequence in self.running if not lost.isdisjoint(sequence.block_table)]
+        for sequence in losers:
+            self.pool.forget([block for block in sequence.block_table if block in lost])
+        for sequence in losers:
+            self._preempt(sequence, keep=False)
+        return losers
+
     def schedule(self, now_s: float) -> Schedule:
         """Expires deadlines, lets waiting sequences in, then fills a step by rank."""
         expired = self._expire(now_s)
@@ -118,7 +160,9 @@ class Scheduler:
         """Takes a sequence out and releases its blocks."""
         if sequence.status is SequenceStatus.FINISHED:
             return
-        _remove(self.running if sequence.status is SequenceStatus.RUNNING else self.waiting, sequence)
+        if self.held.pop(sequence.request_id, None) is None:
+            _remove(self.running if sequence.status is SequenceStatus.RUNNING else self.waiting, sequence)
+        self._discard_kept(sequence)
         self._release_blocks(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
@@ -137,11 +181,12 @@ class Scheduler:
         ):
             assert all(sequence.status is status for sequence in queue), f"a sequence is not {status.value}"
             assert [s.rank for s in queue] == sorted(s.rank for s in queue), f"{status.value} is not by rank"
-        queued = {s.request_id: s for s in (*self.running, *self.waiting)}
+        queued = {s.request_id: s for s in (*self.running, *self.waiting, *self.held.values())}
+        assert len(queued) == len(self.running) + len(self.waiting) + len(self.held), "queued twice"
         assert queued == self._sequences, "queues and ids disagree"
-        assert all(not s.block_table and not s.num_computed_tokens for s in self.waiting), (
-            "waiting holds blocks"
-        )
+        assert all(
+            not s.block_table and not s.num_computed_tokens for s in (*self.waiting, *self.held.values())
+        ), "waiting holds blocks"
         for sequence in self.running:
             capacity = len(sequence.block_table) * self.pool.block_size
             assert sequence.num_computed_tokens <= capacity, "computed past the block table"
@@ -180,13 +225,32 @@ class Scheduler:
         num_slots = sequence.num_computed_tokens + num_tokens
         return max(0, -(-num_slots // self.pool.block_size) - len(sequence.block_table))
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _preempt(self, victim: Sequence, *, keep: bool = True) -> None:
         self.running.remove(victim)
+        victim.num_swapped_tokens = 0
+        if keep and self.offload is not None and victim.num_computed_tokens:
+            self._keep_elsewhere(victim, self.offload)
         self._release_blocks(victim)
         victim.status = SequenceStatus.WAITING
         victim.num_preemptions += 1
         insort(self.waiting, victim, key=_rank)
         self.num_preemptions += 1
+
+    def _keep_elsewhere(self, victim: Sequence, offload: Offload) -> None:
+        """Saves the computed blocks where that is the faster way; indexed ones go when they are evicted."""
+        keys = unit_keys(victim, victim.num_computed_tokens, self.pool.block_size, self.enable_prefix_cache)
+        if not offload.prefers_swap(len(keys), victim.num_computed_tokens):
+            return
+        for key, block in zip(keys, victim.block_table, strict=False):
+            if not self.pool.is_indexed(block):
+                offload.save(key, block)
+        victim.num_swapped_tokens = victim.num_computed_tokens
+
+    def _discard_kept(self, sequence: Sequence) -> None:
+        """Without a prefix cache, what was kept of a sequence is of use to it alone."""
+        if self.offload is not None and sequence.num_swapped_tokens and not self.enable_prefix_cache:
+            for key in unit_keys(sequence, sequence.num_swapped_tokens, self.pool.block_size, False):
+                self.offload.discard(key)
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
@@ -200,19 +264,12 @@ class Scheduler:
         """Starts waiting sequences by rank while seats, blocks and the token budget last."""
         while self.waiting:
             sequence = self.waiting[0]
-            cached_blocks = self._cached_prefix(sequence)
-            if not self._has_budget_for(sequence) or not self._can_get_in(sequence, cached_blocks):
+            prefix = find_prefix(sequence, self.pool, self.offload, self.enable_prefix_cache)
+            if not self._has_budget_for(sequence) or not self._can_get_in(sequence, prefix.on_device):
                 break
-            while not self._fits_beside(self.running, sequence, cached_blocks):
+            while not self._fits_beside(self.running, sequence, prefix.on_device):
                 self._preempt(self.running[-1])
-            self._start(self.waiting.pop(0), cached_blocks)
-
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Indexed blocks that hold the sequence's first tokens; the last token is always computed anew."""
-        if not self.enable_prefix_cache:
-            return []
-        num_blocks = (len(sequence.token_ids) - 1) // self.pool.block_size
-        return self.pool.match(sequence.digest_blocks(num_blocks, self.pool.block_size))
+            self._start(self.waiting.pop(0), prefix)
 
     def _can_get_in(self, sequence: Sequence, cached_blocks: list[int]) -> bool:
         """True if there is room, or would be after preempting strictly worse priorities."""
@@ -240,17 +297,36 @@ class Scheduler:
         num_tokens = sum(s.num_uncomputed_tokens if s.rank < sequence.rank else 1 for s in self.running)
         return num_tokens < self.max_num_batched_tokens
 
-    def _start(self, sequence: Sequence, cached_blocks: list[int]) -> None:
-        self.pool.share(cached_blocks)
-        sequence.block_table = list(cached_blocks)
-        sequence.num_published_blocks = len(cached_blocks)
-        sequence.num_computed_tokens = len(cached_blocks) * self.pool.block_size
+    def _start(self, sequence: Sequence, prefix: KnownPrefix) -> None:
+        if self.offload is not None and prefix.elsewhere:
+            prefix = prefix.cut(self.offload.fetch(prefix.elsewhere), self.pool.block_size)
+        self.pool.share(prefix.on_device)
+        sequence.block_table = list(prefix.on_device)
+        sequence.num_published_blocks = len(prefix.on_device)
+        sequence.num_computed_tokens = prefix.num_tokens
+        if self.offload is not None and prefix.elsewhere:
+            self._load(sequence, prefix, self.offload)
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_rank)
         self.prefix_cache_queries += len(sequence.token_ids)
         self.prefix_cache_hits += sequence.num_computed_tokens
+
+    def _load(self, sequence: Sequence, prefix: KnownPrefix, offload: Offload) -> None:
+        """Takes blocks for what lies elsewhere, to be filled before the step, and indexes the full ones."""
+        blocks = self.pool.allocate(len(prefix.elsewhere))
+        sequence.block_table += blocks
+        num_full = prefix.num_tokens // self.pool.block_size
+        for index, (key, block) in enumerate(
+            zip(prefix.elsewhere, blocks, strict=True), len(prefix.on_device)
+        ):
+            is_shared = self.enable_prefix_cache and index < num_full
+            offload.load(key, block, only_once=not is_shared)
+            if is_shared:
+                self.pool.publish(block, key)
+        if self.enable_prefix_cache:
+            sequence.num_published_blocks = num_full
 
     # --- bookkeeping ---
 

@@ -36,6 +36,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
+        "num_swapped_tokens",
         "params",
         "priority",
         "request_id",
@@ -80,6 +81,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_swapped_tokens = 0  # whose KV was kept elsewhere when it was last preempted
         self.sampler_state: object | None = None  # owned by the sampler
 
     @property
@@ -128,3 +130,10 @@ class Sequence:
             tokens = array("q", self.token_ids[index * block_size : (index + 1) * block_size])
             digests.append(hashlib.sha256(parent + tokens.tobytes()).digest())
         return digests[:num_blocks]
+
+    def digest_tail(self, num_tokens: int, block_size: int) -> bytes:
+        """The digest of the first `num_tokens`, which end inside a block; never that of a full block."""
+        num_full = num_tokens // block_size
+        parent = self.digest_blocks(num_full, block_size)[-1:] or [self.tenant.encode()]
+        tokens = array("q", self.token_ids[num_full * block_size : num_tokens])
+        return hashlib.sha256(b"tail" + parent[0] + tokens.tobytes()).digest()

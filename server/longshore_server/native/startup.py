@@ -17,8 +17,10 @@ from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from longshore_server.native.kv_offload import KVOffload, open_offload
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
+from longshore_server.native.offload.spec import parse_kv_swap
 from longshore_server.native.rank_links import RankLinks
 from longshore_server.native.runner import ModelRunner
 
@@ -36,6 +38,7 @@ class BuiltModel:
     eos_token_ids: frozenset[int]
     batch_invariant: bool
     page_bounds: PageBounds | None = None
+    offload: KVOffload | None = None
 
 
 def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
@@ -66,6 +69,7 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
             select_attention(device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds),
         ),
         page_bounds=bounds,
+        offload=open_offload(cache, parse_kv_swap(config.kv_swap), bounds),
         num_kv_blocks=num_blocks,
         max_model_len=max_model_len,
         vocab_size=loaded.vocab_size,

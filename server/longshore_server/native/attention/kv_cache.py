@@ -53,6 +53,11 @@ class PagedKVCache:
                 self.keys[layer], self.values[layer] = keys[position], values[position]
 
     @property
+    def stores(self) -> Sequence[torch.Tensor]:
+        """All of the memory: keys or values of layers with one shape, blocks on dimension 1."""
+        return self._stores
+
+    @property
     def key_token_bytes(self) -> int:
         """Bytes of one token's key in the first layer."""
         return self.keys[0][0, 0].nbytes

@@ -1,0 +1,74 @@
+"""A tier's memory: numbered places for units of one size. It knows nothing of keys or of what is old.
+
+A unit is one KV block over all layers, as bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+
+from longshore_server.native.errors import ConfigError
+from longshore_server.native.offload.spec import FIELD
+
+
+class TierFault(Exception):
+    """A unit could not be written or read; nothing but that unit is lost."""
+
+
+class TierBusy(TierFault):
+    """The tier takes no unit now, since too many are on their way to it."""
+
+
+class Memory(Protocol):
+    """`write` and `read` raise TierFault; a unit is a uint8 tensor [unit_bytes] on the CPU or the device."""
+
+    num_places: int
+
+    @property
+    def is_writable(self) -> bool: ...
+
+    def write(self, place: int, unit: torch.Tensor) -> None: ...
+
+    def read(self, place: int) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class HostMemory:
+    """Host memory, pinned where the units come from a GPU, so that copies need no processor.
+
+    `read` gives the place itself: it must be used, or its copy be under way, before the place is written
+    again. Copies to and from it go to the current stream.
+    """
+
+    def __init__(self, num_bytes: int, unit_bytes: int, *, pinned: bool) -> None:
+        self.num_places = num_bytes // unit_bytes
+        _check_size(num_bytes, self.num_places, unit_bytes)
+        try:
+            self._units = torch.empty(self.num_places, unit_bytes, dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:
+            raise ConfigError(FIELD, f"{num_bytes} bytes of host memory cannot be had") from error
+
+    @property
+    def is_writable(self) -> bool:
+        return True
+
+    def write(self, place: int, unit: torch.Tensor) -> None:
+        self._units[place].copy_(unit, non_blocking=True)
+
+    def read(self, place: int) -> torch.Tensor:
+        return self._units[place]
+
+    def close(self) -> None:
+        """Nothing: the memory goes with the object."""
+
+
+def _check_size(num_bytes: int, num_places: int, unit_bytes: int) -> None:
+    if num_places == 0:
+        raise ConfigError(FIELD, f"{num_bytes} bytes are less than one block of {unit_bytes} bytes")
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > total_bytes:
+        raise ConfigError(FIELD, f"host: {num_bytes} bytes exceed this machine's {total_bytes}")
