@@ -1,6 +1,7 @@
 """The model process: loads one graph under limits, answers one job at a time, and ends with its parent.
 
-    in    load {model, kv, num_threads, chunk, calibration_s, memory_limit_bytes}, job {...}, cancel {id}
+    in    load {model, kv, num_threads, chunk, calibration_s, speculation, memory_limit_bytes},
+          job {...}, cancel {id}
     out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, error {id, kind, message}
 
 It opens no socket and no file but the model, and holds no text of anyone.
@@ -100,6 +101,7 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     from longshore.device.calibrate import measure
     from longshore.device.generate import Generator
     from longshore.device.session import DecoderSession
+    from longshore.device.speculate import PromptLookup
     from longshore.wire import KvGeometry
 
     session = DecoderSession(Path(frame["model"]), KvGeometry(**frame["kv"]), frame["num_threads"])
@@ -108,7 +110,7 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     ready = {"load_s": load_s, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
     ready |= {"vocab_size": session.vocab_size, "onnxruntime": onnxruntime.__version__}
     write_frame(sink, {"type": "ready", **ready})
-    return Generator(session, frame["chunk"])
+    return Generator(session, frame["chunk"], PromptLookup() if frame["speculation"] else None)
 
 
 def _limit(memory_bytes: int) -> None:

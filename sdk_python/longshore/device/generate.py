@@ -1,7 +1,7 @@
-"""The generation loop in the model process: prefill, then one token at a time, until something ends it.
+"""The generation loop in the model process: prefill, then a few tokens at a time, until something ends it.
 
-Keeps what the KV buffer holds, so that the next prompt is computed only from where it differs. Knows neither
-text nor pipes.
+Keeps what the KV buffer holds, so that the next prompt is computed only from where it differs. Guesses of a
+proposer are computed together and kept as far as the sampler draws the same. Knows neither text nor pipes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from longshore.device.sampling import SampledToken, Sampler, SamplingSettings
+from longshore.device.speculate import DraftLength, Proposer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,8 @@ class Decoder(Protocol):
     vocab_size: int
 
     def forward(self, token_ids: Sequence[int], num_past: int) -> NDArray[np.float32]: ...
+
+    def forward_rows(self, token_ids: Sequence[int], num_past: int) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +55,10 @@ class GeneratedToken:
 class Generator:
     """Answers jobs one after another over one session."""
 
-    def __init__(self, session: Decoder, prefill_chunk_tokens: int) -> None:
+    def __init__(self, session: Decoder, prefill_chunk_tokens: int, proposer: Proposer | None = None) -> None:
         self._session = session
         self._chunk = prefill_chunk_tokens
+        self._proposer = proposer
         self._cached: list[int] = []  # the tokens whose keys and values the buffer holds
 
     def run(
@@ -67,20 +71,29 @@ class Generator:
         session, tokens = self._session, [*job.prompt, *job.generated]
         sampler = Sampler(job.sampling, session.vocab_size, job.prompt, job.generated, job.stop_token_ids)
         num_cached = self._reusable(tokens)
-        logits = self._prefill(tokens, num_cached, is_cancelled)
+        rows = self._prefill(tokens, num_cached, is_cancelled)
         num_cached_of_prompt = min(num_cached, len(job.prompt))
         limit = min(len(job.prompt) + job.max_tokens, session.max_tokens)
-        while logits is not None:
-            token = sampler.sample(logits)
-            offset = len(tokens) - len(job.prompt)
-            tokens.append(token.token_id)
-            ending: Ending | None = "length" if len(tokens) >= limit else None
-            if token.token_id in job.stop_token_ids and offset >= job.sampling.min_tokens:
-                ending = "stop"
-            emit(GeneratedToken(token, offset, ending, num_cached_of_prompt))
-            if ending is not None:
-                return ending
-            logits = None if is_cancelled() else self._step(token.token_id)
+        length, guesses = DraftLength(), list[int]()
+        while rows is not None:
+            num_before = len(tokens)
+            for row, guess in zip(rows, [*guesses, None], strict=True):
+                token = sampler.sample(row)
+                offset = len(tokens) - len(job.prompt)
+                tokens.append(token.token_id)
+                ending: Ending | None = "length" if len(tokens) >= limit else None
+                if token.token_id in job.stop_token_ids and offset >= job.sampling.min_tokens:
+                    ending = "stop"
+                emit(GeneratedToken(token, offset, ending, num_cached_of_prompt))
+                if ending is not None:
+                    return ending
+                if token.token_id != guess:
+                    break
+            length.learn(len(guesses), len(tokens) - num_before - 1)
+            if is_cancelled():
+                break
+            guesses = self._guesses(tokens, min(length.num_tokens, limit - len(tokens) - 1))
+            rows = self._step([tokens[-1], *guesses], len(tokens) - 1)
         return "cancelled"
 
     def _reusable(self, tokens: list[int]) -> int:
@@ -95,7 +108,7 @@ class Generator:
     def _prefill(
         self, tokens: list[int], num_past: int, is_cancelled: Callable[[], bool]
     ) -> NDArray[np.float32] | None:
-        """The last token's logits, or None if it was cancelled on the way."""
+        """The last token's logits [1, vocab], or None if it was cancelled on the way."""
         del self._cached[num_past:]
         logits = None
         for begin in range(num_past, len(tokens), self._chunk):
@@ -104,9 +117,16 @@ class Generator:
             part = tokens[begin : begin + self._chunk]
             logits = self._session.forward(part, begin)
             self._cached += part
-        return logits
+        return None if logits is None else logits[None]
 
-    def _step(self, token_id: int) -> NDArray[np.float32]:
-        logits = self._session.forward([token_id], len(self._cached))
-        self._cached.append(token_id)
-        return logits
+    def _guesses(self, tokens: list[int], most: int) -> list[int]:
+        if self._proposer is None or most < 1:
+            return []
+        return list(self._proposer.propose(tokens, most))[:most]
+
+    def _step(self, token_ids: list[int], num_past: int) -> NDArray[np.float32]:
+        """Logits [tokens, vocab]; what was guessed wrong before is overwritten in the buffer."""
+        rows = self._session.forward_rows(token_ids, num_past)
+        del self._cached[num_past:]
+        self._cached += token_ids
+        return rows

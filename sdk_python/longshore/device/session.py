@@ -7,6 +7,7 @@ and only when a session is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,15 @@ from longshore.wire import KvGeometry
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A binding for a fixed number of tokens, with the arrays that it reads and writes."""
+
+    binding: Any
+    input_ids: NDArray[np.int64]  # [1, tokens]
+    logits: NDArray[np.float32]  # [tokens, vocab]
 
 
 class DecoderSession:
@@ -34,34 +44,51 @@ class DecoderSession:
         self._check_interface(kv)
         self.vocab_size = int(self._session.get_outputs()[0].shape[1])
         self._cache = self._allocate(kv)
-        self._scalars: dict[str, NDArray[Any]] = {
-            "rows": np.zeros(1, np.int64),
+        self._lengths: dict[str, NDArray[Any]] = {
             "seqlens_k": np.zeros(1, np.int32),
             "total_sequence_length": np.zeros(1, np.int32),
         }
         self._logits = np.zeros((1, self.vocab_size), np.float32)
-        self._next = np.zeros((1, 1), np.int64)
-        self._decode_binding = self._bind(self._next)
+        self._row = np.zeros(1, np.int64)
+        self._steps: dict[int, _Step] = {}  # by number of tokens
 
     def forward(self, token_ids: Sequence[int], num_past: int) -> NDArray[np.float32]:
         """Compute `token_ids` after the first `num_past` tokens of the cache; the last one's logits [vocab].
 
         The array is the session's own and is overwritten by the next call.
         """
-        total = num_past + len(token_ids)
-        if not 0 < len(token_ids) <= total <= self.max_tokens:
-            raise ValueError(f"{num_past} + {len(token_ids)} tokens do not fit into {self.max_tokens}")
         if len(token_ids) == 1:
-            self._next[0, 0] = token_ids[0]
-            binding = self._decode_binding
-        else:
-            binding = self._bind(self._np.array([token_ids], self._np.int64))
-        self._scalars["rows"][0] = len(token_ids) - 1
-        self._scalars["seqlens_k"][0] = total - 1
-        self._scalars["total_sequence_length"][0] = total
-        self._session.run_with_iobinding(binding)
-        logits: NDArray[np.float32] = self._logits[0]
-        return logits
+            logits: NDArray[np.float32] = self.forward_rows(token_ids, num_past)[0]
+            return logits
+        self._set_lengths(len(token_ids), num_past)
+        self._row[0] = len(token_ids) - 1
+        input_ids = self._np.array([token_ids], self._np.int64)
+        self._session.run_with_iobinding(self._bind(input_ids, self._row, self._logits))
+        last: NDArray[np.float32] = self._logits[0]
+        return last
+
+    def forward_rows(self, token_ids: Sequence[int], num_past: int) -> NDArray[np.float32]:
+        """As `forward`, with the logits [tokens, vocab] of every token; for a few tokens at a time."""
+        self._set_lengths(len(token_ids), num_past)
+        step = self._steps.get(len(token_ids)) or self._new_step(len(token_ids))
+        step.input_ids[0] = token_ids
+        self._session.run_with_iobinding(step.binding)
+        return step.logits
+
+    def _set_lengths(self, num_tokens: int, num_past: int) -> None:
+        total = num_past + num_tokens
+        if not 0 < num_tokens <= total <= self.max_tokens:
+            raise ValueError(f"{num_past} + {num_tokens} tokens do not fit into {self.max_tokens}")
+        self._lengths["seqlens_k"][0] = total - 1
+        self._lengths["total_sequence_length"][0] = total
+
+    def _new_step(self, num_tokens: int) -> _Step:
+        np = self._np
+        input_ids, rows = np.zeros((1, num_tokens), np.int64), np.arange(num_tokens, dtype=np.int64)
+        logits = np.zeros((num_tokens, self.vocab_size), np.float32)
+        step = _Step(self._bind(input_ids, rows, logits), input_ids, logits)
+        self._steps[num_tokens] = step
+        return step
 
     def _check_interface(self, kv: KvGeometry) -> None:
         inputs = {item.name: item.shape for item in self._session.get_inputs()}
@@ -79,18 +106,20 @@ class DecoderSession:
             cache[past] = cache[present] = value
         return cache
 
-    def _bind(self, input_ids: NDArray[np.int64]) -> Any:
+    def _bind(
+        self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], logits: NDArray[np.float32]
+    ) -> Any:
         """A binding that reads and writes our own arrays, so that a step copies nothing."""
         binding = self._session.io_binding()
         wrap = self._ort.OrtValue.ortvalue_from_numpy
-        binding.bind_ortvalue_input("input_ids", wrap(input_ids))
-        for name, array in self._scalars.items():
+        for name, array in {"input_ids": input_ids, "rows": rows, **self._lengths}.items():
             binding.bind_ortvalue_input(name, wrap(array))
-        binding.bind_ortvalue_output("logits", wrap(self._logits))
+        binding.bind_ortvalue_output("logits", wrap(logits))
         for name, value in self._cache.items():
             bind = binding.bind_ortvalue_input if name.startswith("past") else binding.bind_ortvalue_output
             bind(name, value)
-        binding.longshore_arrays = input_ids  # the binding points into the array and must not outlive it
+        # The binding points into the arrays and must not outlive them.
+        binding.longshore_arrays = (input_ids, rows, logits)
         return binding
 
 

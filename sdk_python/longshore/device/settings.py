@@ -16,8 +16,9 @@ class DeviceSettings:
     `memory_limit_bytes` caps the child process's private memory (interpreter, weights, cache and work space
     together). `max_waiting` bounds the requests that wait while one is answered. `prefill_chunk_tokens` is
     how much of a prompt is computed between two looks at cancellation. `variant` names one of the bundle's
-    graphs; None takes the first. `cancel_grace_s` is how long a step may go on after a cancel before the
-    child is ended.
+    graphs; None takes the first. `speculation` has tokens guessed by prompt lookup and checked together, in
+    variants that compute each row by itself (fp32, int4); answers stay as they are. `cancel_grace_s` is how
+    long a step may go on after a cancel before the child is ended.
     """
 
     num_threads: int = 1
@@ -28,6 +29,7 @@ class DeviceSettings:
     start_timeout_s: float = 60.0
     cancel_grace_s: float = 5.0
     variant: str | None = None
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         for name, low, high in (

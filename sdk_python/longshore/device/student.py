@@ -244,6 +244,8 @@ class Student:
             "num_threads": settings.num_threads,
             "chunk": settings.prefill_chunk_tokens,
             "calibration_s": settings.calibration_s,
+            # int8 rounds activations over all rows of a call, so that guesses would change the answer.
+            "speculation": settings.speculation and self._variant.precision != "int8",
             "memory_limit_bytes": settings.memory_limit_bytes,
         }
 
