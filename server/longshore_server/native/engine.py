@@ -152,14 +152,18 @@ class NativeEngine:
         """Sends a running request back to wait for its turn, by rank; its tokens so far stay. False if it
         is not running. With `kv_swap` its KV is kept where that is predicted to be faster than computing it.
         """
-        return self._scheduler.preempt(request_id)
+        is_done = self._scheduler.preempt(request_id)
+        self._copy_kept()
+        return is_done
 
     def swap_out(self, request_id: str) -> bool:
         """Takes a request out of the batch and the queue until swap_in(); False if it is not here or is out.
 
         It still counts as a request, can be aborted, and its deadline holds whenever a step is made.
         """
-        return self._scheduler.swap_out(request_id)
+        is_done = self._scheduler.swap_out(request_id)
+        self._copy_kept()
+        return is_done
 
     def swap_in(self, request_id: str) -> bool:
         """Lets a request that swap_out() took out wait for its turn again; False if it is not out."""
@@ -188,6 +192,11 @@ class NativeEngine:
             self._report_ending(sequence)
         self._swap(schedule)
         return schedule
+
+    def _copy_kept(self) -> None:
+        """Between steps only saves are planned: done now, so that the next schedule finds them."""
+        if self._offload is not None:
+            self._offload.execute()
 
     def _swap(self, schedule: Schedule) -> None:
         """Copies what the schedule wants copied; who misses content after that is computed again."""

@@ -131,5 +131,5 @@ class TieredStore:
             self._before_move()
             unit = self.get(key)
         self.discard(key)
-        if unit is not None:
-            self.num_dropped += not self._put(index + 1, key, unit)
+        is_kept = unit is not None and self._put(index + 1, key, unit)
+        self.num_dropped += not is_kept
