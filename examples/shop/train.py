@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from longshore_export.distill import Distiller, DistillWeights, hidden_states
+from longshore_export.distill.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from shop.batches import Batch, Batches, Markers
 from shop.chat import END, PREFIX
 from shop.evaluate import QuickEvaluation, evaluate_folder
@@ -159,45 +159,23 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write what the rest of the run needs; the old checkpoint stands until the new one is whole."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.distiller:
-            tensors |= {f"maps/{name}": tensor for name, tensor in self.distiller.state_dict().items()}
-        for number, optimiser in enumerate(self.optimisers):
-            for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser/{number}/{index}/{name}": tensor for name, tensor in state.items()}
         meta = {"step": str(self.step), "train_s": str(self.train_s)}
-        part = self.run.out / "checkpoint.part"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=meta)
-        part.rename(self.run.out / "checkpoint.safetensors")
+        save_checkpoint(self._checkpoint_path, self._modules(), self.optimisers, meta)
 
     def resume(self) -> None:
         """Go on from the checkpoint in the run's folder, if there is one."""
-        path = self.run.out / "checkpoint.safetensors"
-        if not path.exists():
+        if not self._checkpoint_path.exists():
             return
-        tensors = load_file(path, device=self.device)
-        self.model.load_state_dict(_under(tensors, "model/"))
-        if self.distiller:
-            self.distiller.load_state_dict(_under(tensors, "maps/"))
-        for number, optimiser in enumerate(self.optimisers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _under(tensors, f"optimiser/{number}/").items():
-                index, _, key = name.partition("/")
-                state.setdefault(int(index), {})[key] = tensor
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-        self.step, self.train_s = _progress_of(path)
+        load_checkpoint(self._checkpoint_path, self._modules(), self.optimisers, self.device)
+        meta = read_meta(self._checkpoint_path)
+        self.step, self.train_s = int(meta["step"]), float(meta["train_s"])
 
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self.run.out / "checkpoint.safetensors"
 
-def _progress_of(path: Path) -> tuple[int, float]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    return int(meta["step"]), float(meta["train_s"])
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model} | ({"maps": self.distiller} if self.distiller else {})
 
 
 def _compile_layers(model: LlamaForCausalLM) -> None:

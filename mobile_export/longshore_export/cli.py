@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longshore_export import gate_cli
+from longshore_export import distill_cli, gate_cli
 
 if TYPE_CHECKING:
     from longshore.bundle import SigningKey
@@ -31,6 +31,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     student.add_argument("--key-id", help="id under which devices know a bare seed")
     gate_cli.add_arguments(student)
     student.set_defaults(run=_student)
+    distill_cli.register(actions)
 
 
 def _student(args: argparse.Namespace) -> int:

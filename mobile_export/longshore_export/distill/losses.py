@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from longshore_export.distill.on_policy import Rows, generalized_jsd
+from longshore_export.distill.relations import RelationLoss
+
 
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None
@@ -77,30 +80,51 @@ def _unit(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DistillWeights:
-    """Weights of the three losses; `hidden` falls in a line to nothing at `hidden_until` of the run."""
+    """Weights of the losses; `hidden` and `attention` fall in a line to nothing at `hidden_until` of the run.
+
+    `jsd_beta` is that of the on-policy loss, which stands alone on its steps.
+    """
 
     hard: float = 0.5
     soft: float = 0.5
     hidden: float = 2.0
+    attention: float = 0.0
     hidden_until: float = 0.6
     temperature: float = 1.0
+    jsd_beta: float = 0.5
 
     def hidden_at(self, progress: float) -> float:
         """The hidden-state weight when `progress` (0..1) of the run is done."""
-        return self.hidden * max(0.0, 1.0 - progress / self.hidden_until)
+        return self.hidden * self._fade(progress)
+
+    def attention_at(self, progress: float) -> float:
+        """The attention weight when `progress` (0..1) of the run is done."""
+        return self.attention * self._fade(progress)
+
+    def _fade(self, progress: float) -> float:
+        return max(0.0, 1.0 - progress / self.hidden_until)
 
 
 class Distiller(nn.Module):
-    """A frozen teacher and the loss that a student learns from; its parameters are the hidden-state maps."""
+    """A frozen teacher and the loss that a student learns from; its parameters are the hidden-state maps.
+
+    `vocabulary` [student ids] gives the teacher's id of each of the student's; None where they are the same.
+    """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, weights: DistillWeights | None = None
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        weights: DistillWeights | None = None,
+        vocabulary: Tensor | None = None,
     ):
         super().__init__()
-        if student.config.vocab_size != teacher.config.vocab_size:
-            raise ValueError("teacher and student must share one vocabulary")
+        if vocabulary is None and student.config.vocab_size != teacher.config.vocab_size:
+            raise ValueError("teacher and student must share one vocabulary, or a map between theirs")
         self.weights = weights or DistillWeights()
         self.hidden_loss = HiddenStateLoss(student, teacher)
+        self.relation_loss = RelationLoss(student.config, teacher.config) if self.weights.attention else None
+        self.register_buffer("_vocabulary", vocabulary, persistent=False)
         self._student, self._teacher = (
             [student],
             [teacher.eval().requires_grad_(False)],
@@ -111,20 +135,46 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses by name, "total" among them; `labels` [batch, tokens] holds the next token, or -100."""
         student, teacher = self._student[0], self._teacher[0]
+        chosen = labels.flatten().ge(0).nonzero().squeeze(-1)
         with torch.no_grad():
-            teacher_states = hidden_states(teacher, input_ids, position_ids)
-            chosen = labels.flatten().ge(0).nonzero().squeeze(-1)
-            teacher_logits = teacher.lm_head(teacher_states[-1].flatten(0, 1)[chosen])
+            teacher_states = hidden_states(teacher, self._in_teachers(input_ids), position_ids)
+            teacher_logits = self._in_students(teacher.lm_head(_rows(teacher_states[-1], chosen)))
         student_states = hidden_states(student, input_ids, position_ids)
-        student_logits = student.lm_head(student_states[-1].flatten(0, 1)[chosen])
+        student_logits = student.lm_head(_rows(student_states[-1], chosen))
         w = self.weights
         losses = {
             "hard": F.cross_entropy(student_logits.float(), labels.flatten()[chosen]),
             "soft": soft_target_loss(student_logits, teacher_logits, w.temperature),
         }
         total = w.hard * losses["hard"] + w.soft * losses["soft"]
-        hidden_weight = w.hidden_at(progress)
-        if hidden_weight > 0:
+        if (hidden_weight := w.hidden_at(progress)) > 0:
             losses["hidden"] = self.hidden_loss(student_states, teacher_states)
             total = total + hidden_weight * losses["hidden"]
+        if self.relation_loss is not None and (attention_weight := w.attention_at(progress)) > 0:
+            losses["attention"] = self.relation_loss(student, student_states, teacher, teacher_states)
+            total = total + attention_weight * losses["attention"]
         return {**losses, "total": total}
+
+    def grade(self, rows: Rows) -> dict[str, Tensor]:
+        """The loss on what the student wrote itself, "on_policy" and the same as "total"."""
+        chosen = rows.labels.flatten().ge(0).nonzero().squeeze(-1)
+        where = {"attention_mask": rows.attention_mask, "position_ids": rows.position_ids, "use_cache": False}
+        with torch.no_grad():
+            theirs = self._teacher[0](self._in_teachers(rows.input_ids), **where).logits
+        ours = self._student[0](rows.input_ids, **where).logits
+        loss = generalized_jsd(
+            _rows(ours, chosen), self._in_students(_rows(theirs, chosen)), self.weights.jsd_beta
+        )
+        return {"on_policy": loss, "total": loss}
+
+    def _in_teachers(self, token_ids: Tensor) -> Tensor:
+        return token_ids if self._vocabulary is None else self._vocabulary[token_ids]
+
+    def _in_students(self, logits: Tensor) -> Tensor:
+        """The teacher's logits of the student's tokens; a softmax over them renormalizes."""
+        return logits if self._vocabulary is None else logits[:, self._vocabulary]
+
+
+def _rows(states: Tensor, chosen: Tensor) -> Tensor:
+    """Of states [batch, tokens, size] the chosen tokens', [chosen, size]."""
+    return states.flatten(0, 1)[chosen]
