@@ -150,10 +150,10 @@ def test_a_checkpoint_of_other_settings_is_refused(
 def test_two_processes_train_one_student(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-        "--nproc-per-node", "2", "-m", "longshore.cli", "export", "distill", "--cpu", "--teacher", str(teacher),
-        "--student", str(student), "--data", str(data), "--out", str(tmp_path / "out"),
-        "--set", "num_steps=4",
-        "--set", "num_rows=2", "--set", "hidden_until=0.5", "--set", "warmup_steps=1",
+        "--nproc-per-node", "2", "-m", "longshore.cli", "export", "distill", "--cpu",
+        "--teacher", str(teacher), "--student", str(student), "--data", str(data),
+        "--out", str(tmp_path / "out"), "--set", "num_steps=4", "--set", "num_rows=2",
+        "--set", "hidden_until=0.5", "--set", "warmup_steps=1",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
