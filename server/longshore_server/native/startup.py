@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from longshore_server.native.attention.backend import select_attention
@@ -94,13 +95,27 @@ def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: li
     """
     if not config.may_be_batch_invariant:
         return False
-    is_packed = cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0
+    is_packed = (
+        cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0 and not _has_other_products(model)
+    )
     if is_packed and all(g.key_dim == g.value_dim for g in geometries):
         return config.batch_invariant is not False
     if config.batch_invariant:
+        if _has_other_products(model):
+            raise ConfigError("batch_invariant", "cannot be had: not every matrix product is a linear layer")
         reason = "keys and values differ in size" if is_packed else "torch has no packed kernels for this CPU"
         raise ConfigError("batch_invariant", f"cannot be had: {reason}")
     return False
+
+
+def _has_other_products(model: PreTrainedModel) -> bool:
+    """Whether matrices are left outside of packed layers and embeddings, like those of routed experts."""
+    return any(
+        parameter.dim() > 1
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int) -> int:

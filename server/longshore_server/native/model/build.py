@@ -16,7 +16,7 @@ from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ModelLoadError
 from longshore_server.native.model import fuse, products
-from longshore_server.native.model.file_weights import FileWeights, has_plain_names
+from longshore_server.native.model.file_weights import FileWeights, has_own_names
 from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
 from longshore_server.native.model.random_weights import RandomWeights
 
@@ -61,7 +61,7 @@ def build_from_files(
 ) -> PreTrainedModel:
     """The folder's safetensors; raises ModelLoadError for weights that are damaged, missing or too much."""
     model = build_on_meta(hf_config, dtype)
-    if not has_plain_names(model, folder):
+    if not has_own_names(model, folder):
         return _convert(folder, hf_config, dtype, config)
     device = torch.device(config.device)
     with FileWeights(model, folder, device) as source:

@@ -51,22 +51,22 @@ class FileWeights:
             self._owners.replace(parameter, tensors.pop(name).to(parameter.dtype))
 
 
-def has_plain_names(model: PreTrainedModel, folder: Path) -> bool:
-    """Whether the folder speaks of the model's weights by the names its class has for them."""
+def has_own_names(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether the folder calls the weights what the model's class calls them.
+
+    A checkpoint that both lacks names and has others may only be in another form (experts apart, say).
+    """
     places = locate(folder)
-    wanted = [name for name, _ in model.named_parameters()]
-    num_known = sum(name in places for name in wanted)
-    return num_known * 2 > len(wanted)
+    aliases = _aliases(model).values()
+    lacks_some = any(not any(name in places for name in names) for names in aliases)
+    return not (lacks_some and _unexpected(model, places))
 
 
 def _resolve(model: PreTrainedModel, folder: Path, places: dict[str, Place]) -> dict[str, Place]:
     """The place of each parameter by its first name; raises ModelLoadError for names that differ."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
     found: dict[str, Place] = {}
     missing: list[str] = []
-    for parameter, aliases in names.items():
+    for parameter, aliases in _aliases(model).items():
         present = next((name for name in aliases if name in places), None)
         if present is None:
             missing.append(aliases[0])
@@ -77,15 +77,25 @@ def _resolve(model: PreTrainedModel, folder: Path, places: dict[str, Place]) -> 
             found[aliases[0]] = places[present]
     if missing:
         raise ModelLoadError(f"{folder} lacks {len(missing)} weights, among them {min(missing)}")
-    unexpected = sorted(places.keys() - {name for aliases in names.values() for name in aliases})
-    unexpected = [name for name in unexpected if not _may_be_ignored(model, name)]
-    if unexpected:
+    if unexpected := _unexpected(model, places):
         raise ModelLoadError(
             f"{folder} has {len(unexpected)} weights that the model does not, among them {unexpected[0]}"
         )
     return found
 
 
-def _may_be_ignored(model: PreTrainedModel, name: str) -> bool:
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    return COMPUTED.fullmatch(name) is not None or any(re.search(pattern, name) for pattern in patterns)
+def _aliases(model: PreTrainedModel) -> dict[nn.Parameter, list[str]]:
+    """Every parameter and its names: tied ones have several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _unexpected(model: PreTrainedModel, places: dict[str, Place]) -> list[str]:
+    """The names that mean nothing to the model, sorted."""
+    known = {name for names in _aliases(model).values() for name in names} | set(dict(model.named_buffers()))
+    ignored = [COMPUTED, *(re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ())]
+    return sorted(
+        name for name in places.keys() - known if not any(pattern.search(name) for pattern in ignored)
+    )

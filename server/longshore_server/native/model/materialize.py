@@ -71,4 +71,6 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for name in names:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if names:
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # or transformers would draw it anew
             model._init_weights(module)
