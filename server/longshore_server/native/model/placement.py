@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
-from longshore_server.native.model.shard import SafetensorsSlices, TakeSlice, fill, fill_buffers, slices_of
+from longshore_server.native.model.materialize import fill_buffers
+from longshore_server.native.model.shard import SafetensorsSlices, TakeSlice, fill, slices_of
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan, check_heads, connect
 from longshore_server.native.rank_links import RankLinks
 

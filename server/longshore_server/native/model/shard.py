@@ -101,14 +101,3 @@ def slices_of(whole: dict[str, torch.Tensor]) -> TakeSlice:
         return (part.of(whole[name]) if part else whole[name]).clone()
 
     return take
-
-
-def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Computes the buffers that no checkpoint holds (RoPE frequencies), as the model's class does."""
-    for module in model.modules():
-        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.device.type == "meta"}
-        if buffers:
-            for name, buffer in buffers.items():
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-            module._is_hf_initialized = False  # type: ignore[assignment]
-            model._init_weights(module)
