@@ -23,6 +23,8 @@ _FLAGS = {
     "load_format": "auto, or random for random weights",
     "dtype": "auto, float32, bfloat16 or float16",
     "device": "auto, cpu, cuda, ...",
+    "tensor_parallel_size": "processes, each with a GPU of its own, that share every layer",
+    "placement": "tensor_parallel, or attention_feed_forward: two processes, one for each kind of layer",
     "max_model_len": "longest prompt and answer together, in tokens",
     "kv_memory_bytes": "memory for the KV cache",
     "max_num_seqs": "requests that run at once",

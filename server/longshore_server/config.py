@@ -79,7 +79,8 @@ class CoreConfig:
     `reader_timeout_s` is how long a client may take nothing of its answer before the answer is given up,
     `template_timeout_s` what one chat template may take. `engine_silence_s` is how long the engine process
     may give no sign of life, `engine_step_timeout_s` how long one step may take, `replay_wait_s` how long a
-    request waits for the next engine after one has died. `num_threads` None leaves one core to the workers.
+    request waits for the next engine after one has died. `num_threads` None leaves one core to the workers;
+    the engine's ranks share them.
     """
 
     # where it listens and who it is
@@ -114,6 +115,8 @@ class CoreConfig:
     attention_sparsity: Annotated[str, Len(1, 200)] = "dense"
     kv_swap: Annotated[tuple[Annotated[str, Len(1, 4096)], ...], Len(0, 8)] = ()
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
+    tensor_parallel_size: Annotated[int, Interval(ge=1, le=8)] = 1
+    placement: Literal["tensor_parallel", "attention_feed_forward"] = "tensor_parallel"
     num_threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
     max_replays: Annotated[int, Interval(ge=0, le=16)] = 1
     replay_wait_s: Seconds = 120.0

@@ -45,7 +45,8 @@ def native_engine(config: CoreConfig) -> Any:
 
     from longshore_server.native import EngineConfig, NativeEngine
 
-    torch.set_num_threads(config.num_threads or _spare_threads())
+    num_ranks = config.tensor_parallel_size if config.placement == "tensor_parallel" else 2
+    torch.set_num_threads(max(1, (config.num_threads or _spare_threads()) // num_ranks))
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +68,10 @@ def native_engine(config: CoreConfig) -> Any:
             attention_sparsity=config.attention_sparsity,
             kv_swap=config.kv_swap,
             seed=config.seed,
-        )
+            tensor_parallel_size=config.tensor_parallel_size,
+            placement=config.placement,
+        ),
+        on_ranks_lost=_die_without_ranks,
     )
 
 
@@ -152,6 +156,11 @@ def _stop_in_time(loop: EngineLoop) -> None:
 
 def _die_stuck(age_s: float) -> None:
     logger.critical("one step has taken %.0f s; ending this engine", age_s)
+    os._exit(EXIT_BROKEN)
+
+
+def _die_without_ranks(reason: str) -> None:
+    logger.critical("%s; ending this engine", reason)
     os._exit(EXIT_BROKEN)
 
 

@@ -116,6 +116,8 @@ class EngineConfig:
         check_int(ConfigError, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
         check_int(ConfigError, "max_num_waiting", self.max_num_waiting, 0, 1 << 20)
         check_int(ConfigError, "tensor_parallel_size", self.tensor_parallel_size, 1, MAX_RANKS)
+        if self.kv_swap and self.num_ranks > 1:
+            raise ConfigError("kv_swap", "is available on one rank only")
         check_int(ConfigError, "seed", self.seed, 0, 2**63 - 1)
         for name in ("num_kv_blocks", "kv_memory_bytes", "max_model_len"):
             if (value := getattr(self, name)) is not None:

@@ -9,16 +9,16 @@ from typing import cast
 import torch
 
 from longshore_server.native.config import EngineConfig
-from longshore_server.native.errors import ModelLoadError, RanksLostError
+from longshore_server.native.errors import ConfigError, ModelLoadError, RanksLostError, UnsupportedModelError
 from longshore_server.native.model.load import read_model_config
 from longshore_server.native.model.placement import check_ranks, rank_device
-from longshore_server.native.ranks import OnLost, RankedRunner, RankGroup, StartRank, start_process
+from longshore_server.native.ranks import OnLost, RankedRunner, RankGroup, start_process
 from longshore_server.native.runner import ModelRunner
 from longshore_server.native.startup import BuiltModel, build
 
 
 def build_on_ranks(
-    config: EngineConfig, on_lost: OnLost | None = None, *, start: StartRank = start_process
+    config: EngineConfig, on_lost: OnLost | None = None
 ) -> tuple[BuiltModel, RankGroup | None]:
     """A runner over one rank or several; the group of the others, where there are any.
 
@@ -27,7 +27,7 @@ def build_on_ranks(
     if config.num_ranks == 1:
         return build(config), None
     check_ranks(config, read_model_config(config)[1])
-    group = RankGroup(config, on_lost=on_lost, start=start)
+    group = RankGroup(config, on_lost=on_lost, start=start_process)
     try:
         built = _build_first(config, group)
     except BaseException:
@@ -45,6 +45,8 @@ def _build_first(config: EngineConfig, group: RankGroup) -> BuiltModel:
         links = group.connect(torch.device(device), nccl=config.device == "cuda")
         built = build(dataclasses.replace(config, device=device), links)
         group.wait_ready()
+    except (ConfigError, UnsupportedModelError):  # the same on every rank
+        raise
     except Exception as error:
         if group.lost is not None or isinstance(error, RanksLostError):
             raise ModelLoadError(group.lost or str(error)) from error

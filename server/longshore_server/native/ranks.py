@@ -278,8 +278,10 @@ class RankGroup:
 class RankedRunner:
     """Rank 0's runner: tells the other ranks before each pass, and samples alone.
 
-    Everything but the two calls below is the plain runner's.
+    Everything but the calls below is the plain runner's.
     """
+
+    overlaps = False  # the others follow step by step
 
     def __init__(self, runner: Any, group: RankGroup) -> None:
         self._runner = runner
@@ -291,6 +293,11 @@ class RankedRunner:
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         self._group.clear_blocks(blocks)
         self._runner.clear_blocks(blocks)
+
+    def launch(self, chunks: Sequence[Chunk]) -> Callable[[], Any]:
+        """Runs the chunks; the results are what the callable gives."""
+        results = self.run(chunks)
+        return lambda: results
 
     def run(self, chunks: Sequence[Chunk]) -> Any:
         """As the plain runner's; raises RanksLostError when the ranks cannot go on together."""

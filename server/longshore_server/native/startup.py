@@ -26,6 +26,9 @@ from longshore_server.native.rank_links import RankLinks
 from longshore_server.native.runner import ModelRunner
 
 DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
+# Torch computes activation functions in vectors of up to so many elements, and what is left at the end of a
+# tensor in another way, which may round otherwise.
+VECTOR_ELEMENTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,12 @@ def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: li
     is_packed = (
         cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0 and not _has_other_products(model)
     )
+    inner_width = (getattr(model.config, "intermediate_size", None) or 0) // config.tensor_parallel_size
+    if inner_width % VECTOR_ELEMENTS:
+        if config.batch_invariant:
+            words = f"an inner width of {inner_width} is no multiple of {VECTOR_ELEMENTS}"
+            raise ConfigError("batch_invariant", f"cannot be had: {words}")
+        return False
     if is_packed and all(g.key_dim == g.value_dim for g in geometries):
         return config.batch_invariant is not False
     if config.batch_invariant:
