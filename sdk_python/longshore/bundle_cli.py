@@ -110,7 +110,9 @@ def _install(args: argparse.Namespace) -> int:
     if "://" in args.bundle:
         path = _install_url(args, trust)
     else:
-        path = install(args.bundle, args.store, trusted_keys=trust)
+        path = install(
+            args.bundle, args.store, trusted_keys=trust, onnxruntime_version=_onnxruntime_version()
+        )
     _say(f"installed {path}")
     if isinstance(trust, TrustStore):
         _learn(args, trust, read_manifest(path).key_chain)
@@ -129,12 +131,23 @@ def _install_url(args: argparse.Namespace, trust: Trust | None) -> Path:
         args.bundle,
         args.store,
         trusted_keys=trust,
+        onnxruntime_version=_onnxruntime_version(),
         api_key=os.environ.get(_API_KEY_VARIABLE),
         limits=DownloadLimits(time_limit_s=args.time_limit),
         progress=_show if sys.stderr.isatty() else None,
     )
     _say(f"downloaded {done.num_fetched_bytes} bytes, {done.num_kept_bytes} were here already")
     return done.path
+
+
+def _onnxruntime_version() -> str | None:
+    """The one that is installed here, not imported; None on a machine that only keeps bundles."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:
+        return None
 
 
 def _show(num_done_bytes: int, num_bytes: int) -> None:

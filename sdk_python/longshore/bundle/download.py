@@ -5,7 +5,6 @@ Whatever breaks on the way, the current version stays, and the next try goes on 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import BinaryIO
 from longshore.bundle.check import (
     MAX_SIGNATURE_BYTES,
     Trust,
+    check_runtime,
     check_signature,
     copy_checked,
     parse_manifest,
@@ -65,6 +65,7 @@ def install_from_edge(
     store_dir: Path | str,
     *,
     trusted_keys: Trust | None,
+    onnxruntime_version: str | None = None,
     api_key: str | None = None,
     limits: DownloadLimits = DownloadLimits(),
     ssl_context: ssl.SSLContext | None = None,
@@ -81,10 +82,14 @@ def install_from_edge(
         url, deadline_s=time.monotonic() + limits.time_limit_s, api_key=api_key, ssl_context=ssl_context
     )
     try:
-        for _ in range(_NUM_ROUNDS - 1):
-            with contextlib.suppress(BundleChangedError):
-                return _Install(server, Path(store_dir), limits, progress, sleep).run(trusted_keys)
-        return _Install(server, Path(store_dir), limits, progress, sleep).run(trusted_keys)
+        for round_number in range(1, _NUM_ROUNDS + 1):
+            try:
+                install = _Install(server, Path(store_dir), limits, progress, sleep)
+                return install.run(trusted_keys, onnxruntime_version)
+            except BundleChangedError:
+                if round_number == _NUM_ROUNDS:
+                    raise
+        raise AssertionError("the last round returns or raises")
     finally:
         server.close()
 
@@ -108,8 +113,10 @@ class _Install:
         self._total_bytes = 0
         self._done: Download
 
-    def run(self, trust: Trust | None) -> Download:
+    def run(self, trust: Trust | None, onnxruntime_version: str | None) -> Download:
         signed = self._retried(lambda: self._signed_manifest(trust))
+        if onnxruntime_version is not None:
+            check_runtime(signed.manifest, onnxruntime_version)
         files = signed.manifest.files
         self._total_bytes = sum(file.size_bytes for file in files)
         if self._total_bytes > self._limits.max_total_bytes:

@@ -90,6 +90,8 @@ class BundleServer:
             body = b"".join(self._blocks(response, watch, max_bytes + 1))
             if len(body) > max_bytes:
                 raise BundleDamagedError(f"{name}: the edge sends more than {max_bytes} bytes")
+            if response.length:
+                raise UpstreamError(f"{self._node}: {name} broke off at byte {len(body)}")
             return body
 
     def part(self, file: BundleFile, first: int, end: int) -> Generator[tuple[int, bytes], None, None]:
@@ -120,7 +122,7 @@ class BundleServer:
     ) -> Iterator[tuple[http.client.HTTPResponse, Watch]]:
         """Errors of the connection in words of ours; it serves another request if this one was read whole."""
         watch: Watch | None = None
-        is_done = False
+        response: http.client.HTTPResponse | None = None
         try:
             watch = self._connect()
             self._connection.request("GET", f"{self._path}/{name}", headers=self._headers | headers)
@@ -128,7 +130,6 @@ class BundleServer:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise ProtocolError(f"{self._node}: {name} comes in an encoding that was not asked for")
             yield response, watch
-            is_done = response.isclosed()
         except ssl.SSLCertVerificationError as error:
             raise ProtocolError(f"{self._node}: {error.verify_message}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -136,8 +137,10 @@ class BundleServer:
         finally:
             if watch is not None:
                 self._watchdog.release(watch)
-            if not is_done:
+            if response is None or not response.isclosed():
                 self._connection.close()
+            if response is not None:
+                response.close()  # it owns the socket where the edge closes after each answer
 
     def _connect(self) -> Watch:
         if self._clock() >= self._deadline_s:

@@ -20,6 +20,7 @@ from pathlib import Path
 from longshore.bundle.check import (
     SAFE_NAME,
     Trust,
+    check_runtime,
     copy_checked,
     load_bundle,
     read_manifest,
@@ -65,16 +66,25 @@ class SignedManifest:
     signature: bytes
 
 
-def install(source_dir: Path | str, store_dir: Path | str, *, trusted_keys: Trust | None = None) -> Path:
+def install(
+    source_dir: Path | str,
+    store_dir: Path | str,
+    *,
+    trusted_keys: Trust | None = None,
+    onnxruntime_version: str | None = None,
+) -> Path:
     """Copy a bundle into a store, checking each byte on the way, and make it current; gives its folder.
 
     The bytes that were checked are the ones installed. Installing the current version again changes nothing,
-    unless its copy is damaged, which is then replaced. Raises BundleRollbackError for a version below the
-    highest that was ever installed or another bundle of that version, BundleDamagedError as load_bundle does,
-    BundleError if the store can't be written; in every case what was current stays.
+    unless its copy is damaged, which is then replaced. `onnxruntime_version` is the one that will run it, if
+    that is known. Raises BundleIncompatibleError where that is too old, BundleRollbackError for a version
+    below the highest that was ever installed or another bundle of that version, BundleDamagedError as
+    load_bundle does, BundleError if the store can't be written; in every case what was current stays.
     """
     source = Path(source_dir)
     body, manifest = read_manifest_bytes(source, trusted_keys)
+    if onnxruntime_version is not None:
+        check_runtime(manifest, onnxruntime_version)
     refuse_extra_entries(source, manifest)
     signed = SignedManifest(manifest, body, read_signature(source))
     with writing(Path(store_dir), manifest.name) as home:
