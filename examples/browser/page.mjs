@@ -3,6 +3,7 @@
 import { Assistant } from "./client/assistant.mjs";
 import { openBundle } from "./client/bundle.mjs";
 import { Edge } from "./client/edge.mjs";
+import { LongshoreError } from "./client/errors.mjs";
 import { BrowserStore } from "./client/store.mjs";
 import { chooseVariant, Student } from "./client/student.mjs";
 
@@ -24,7 +25,9 @@ function say(text, isWarning = false) {
 
 /** The runtime; loaded late, so that the page works without it. */
 async function loadRuntime() {
-  const ort = await import(`${RUNTIME}ort.wasm.min.mjs`);
+  const ort = await import(`${RUNTIME}ort.wasm.min.mjs`).catch(() => {
+    throw new LongshoreError("device_failed", "the runtime can't be loaded");
+  });
   ort.env.wasm.numThreads = 1; // more need a page that is isolated from other origins
   ort.env.wasm.wasmPaths = RUNTIME;
   return ort;

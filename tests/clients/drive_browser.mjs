@@ -73,6 +73,17 @@ const STEPS = {
     return null;
   },
 
+  /** From now on one bit of each answer whose address holds `text` is wrong. */
+  async damage(page, { text }) {
+    await page.route((address) => address.href.includes(text), async (route) => {
+      const response = await route.fetch();
+      const body = await response.body();
+      body[body.length >> 1] ^= 1;
+      await route.fulfill({ response, body });
+    });
+    return null;
+  },
+
   async remember(page, { key, value }) {
     return page.evaluate(([name, text]) => localStorage.setItem(name, text), [key, value]);
   },

@@ -106,18 +106,21 @@ def test_onnxruntime_web_gives_the_same_tokens(
     assert int8["answers"] == int8_expected
 
 
-def test_a_bundle_of_another_key_or_an_older_one_is_not_run(site: str) -> None:
+def test_a_bundle_of_another_key_or_damaged_or_older_is_not_run(site: str) -> None:
     other = {KEY_ID: PrivateKey.generate().public_key.text}
-    _, refused, requests, _, _, rolled_back = run_browser(
+    _, refused, requests, _, _, damaged, _, rolled_back = run_browser(
         site,
         {"step": "configure", "changes": {"trusted_keys": other}},
         {"step": "open"},
         {"step": "requests"},
         {"step": "configure", "changes": {"trusted_keys": {KEY_ID: KEY.public_key.text}}},
+        {"step": "damage", "text": "/model.onnx"},
+        {"step": "open"},
         {"step": "remember", "key": f"longshore-highest-{BUNDLE}", "value": "2 -"},
         {"step": "open"},
     )
     assert "signature does not fit" in refused["status"]
     assert f"/bundles/{BUNDLE}/manifest.sig" in requests
     assert f"/bundles/{BUNDLE}/tokenizer.json" not in requests
+    assert "model.onnx is damaged" in damaged["status"]
     assert "not newer than 2" in rolled_back["status"]

@@ -7,14 +7,12 @@
  */
 
 import { damaged, incompatible, LongshoreError, refused } from "./errors.mjs";
+import { readManifest } from "./manifest.mjs";
 
 const MAX_MANIFEST_BYTES = 1024 * 1024;
 const MAX_SIGNATURE_BYTES = 1024;
 const MAX_FILE_BYTES = 512 * 1024 * 1024; // what a page can hold
 const MAX_TRIES = 4;
-const NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$/;
-const PATH = /^[A-Za-z0-9_][A-Za-z0-9_.-]*(\/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}$/;
-const SHA256 = /^[0-9a-f]{64}$/;
 
 /**
  * The manifest and a function that gives a file's checked bytes.
@@ -59,7 +57,7 @@ async function refuseOlder(manifest, digest, store) {
 
 /** The manifest in `body`, if one of the keys signed exactly these bytes and they have not expired. */
 export async function checkManifest(body, signature, trustedKeys, nowS) {
-  const manifest = parsed(body);
+  const manifest = readManifest(body);
   const { key_id: keyId, expires_at: expiresAt } = manifest;
   if (typeof keyId !== "string" || !Object.hasOwn(trustedKeys, keyId)) {
     throw refused("the bundle is not signed by a trusted key");
@@ -67,7 +65,6 @@ export async function checkManifest(body, signature, trustedKeys, nowS) {
   const text = new TextDecoder().decode(signature).replace(/\n$/, "");
   if (!(await verifies(trustedKeys[keyId], text, body))) throw refused("the signature does not fit the manifest");
   if (expiresAt != null && !(nowS < expiresAt)) throw refused("the bundle has expired");
-  checkForm(manifest);
   return manifest;
 }
 
@@ -76,40 +73,6 @@ async function verifies(keyText, signatureText, payload) {
   if (key?.length !== 32 || signature?.length !== 64) return false;
   const imported = await crypto.subtle.importKey("raw", key, "Ed25519", false, ["verify"]);
   return crypto.subtle.verify("Ed25519", imported, signature, payload);
-}
-
-function parsed(body) {
-  try {
-    const value = JSON.parse(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(body));
-    if (value !== null && typeof value === "object" && !Array.isArray(value)) return value;
-  } catch {
-    // said below
-  }
-  throw damaged("the manifest is not a JSON object");
-}
-
-/** What the rest of the page relies on; the signer has checked the whole form. */
-function checkForm(manifest) {
-  if ((manifest.format_version ?? 1) !== 1) throw incompatible(`format ${manifest.format_version} is not known`);
-  const { name, version, files, variants, kv } = manifest;
-  const isWhole = (value, least) => Number.isSafeInteger(value) && value >= least;
-  const isNamed = typeof name === "string" && NAME.test(name) && isWhole(version, 1);
-  if (!isNamed || ![files, variants, manifest.eos_token_ids].every((list) => Array.isArray(list) && list.length)) {
-    throw damaged("the manifest lacks a field");
-  }
-  for (const file of files) {
-    const isSafe = PATH.test(file.path) && !/\.(\/|$)/.test(file.path);
-    if (!(isSafe && SHA256.test(file.sha256) && isWhole(file.size_bytes, 0))) {
-      throw damaged(`the manifest describes ${file.path} badly`);
-    }
-  }
-  for (const size of ["num_layers", "num_kv_heads", "head_dim", "max_tokens"]) {
-    if (!isWhole(kv?.[size], 1)) throw damaged(`kv.${size} is missing`);
-  }
-  if (typeof manifest.chat_template?.roles !== "object") throw damaged("the chat table is missing");
-  for (const path of [manifest.tokenizer_file, ...variants.map((variant) => variant.file)]) {
-    if (!files.some((file) => file.path === path)) throw damaged(`${path} is not listed`);
-  }
 }
 
 async function fileBytes(edge, manifest, path, store, progress = () => {}) {

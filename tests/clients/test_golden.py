@@ -1,0 +1,101 @@
+"""The golden vectors are what Python gives today, and Kotlin and JavaScript reproduce every one of them."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from clients.conftest import STUDENT
+from clients.runtimes import ROOT, lack, need, run_node
+from longshore.wire import Manifest
+
+ANDROID = ROOT / "examples" / "android"
+GOLDEN = ANDROID / "golden"
+_STDLIB = Path("/usr/share/java/kotlin-stdlib.jar")  # where Debian's package has it
+
+
+@cache
+def load(name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    return value
+
+
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_golden", ANDROID / "make_golden.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_vectors_are_fresh(bundle: tuple[Path, Manifest]) -> None:
+    fresh = maker().golden(bundle[0])
+    assert sorted(fresh) == sorted(path.stem for path in GOLDEN.glob("*.json"))
+    for name, value in fresh.items():
+        stale = json.loads(json.dumps(value)) != load(name)
+        assert not stale, (
+            f"{name}.json is stale: run examples/android/make_golden.py and look at the difference"
+        )
+
+
+def test_the_vectors_refuse_and_accept() -> None:
+    verdicts = {case.get("error", "accepted") for case in load("bundles")["cases"]}
+    assert verdicts == {"accepted", "bundle_invalid", "bundle_damaged"}
+    assert {case["is_valid"] for case in load("signatures")["cases"]} == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_kotlin_reproduces_them(tmp_path: Path) -> None:
+    java, kotlinc = need("java"), need("kotlinc")
+    if not _STDLIB.exists():
+        lack(f"{_STDLIB} is not there")
+    jar = tmp_path / "core.jar"
+    sources = sorted(map(str, (ANDROID / "core" / "src").rglob("*.kt")))
+    options = ["-jvm-target", "1.8", "-no-reflect", "-d", str(jar)]
+    environment = os.environ | {"JAVA_OPTS": "-Xmx512m -XX:TieredStopAtLevel=1"}
+    compiled = subprocess.run(
+        [kotlinc, *options, *sources], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert compiled.returncode == 0, compiled.stderr[-3000:]
+    command = [java, "-cp", f"{jar}:{_STDLIB}", "longshore.core.GoldenVectorsKt", str(GOLDEN)]
+    ran = subprocess.run(
+        [*command, str(STUDENT / "tokenizer.json")], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    for name in ("tokenizer", "template", "bundles", "signatures", "buckets", "downloads", "answers"):
+        assert f"{name}: {len(load(name)['cases'])} cases" in ran.stdout
+    assert ran.stdout.endswith("0 failed\n")
+
+
+def test_javascript_reproduces_them() -> None:
+    bundles = [case for case in load("bundles")["cases"] if "files" not in case]
+    template = json.loads(base64.b64decode(load("template")["manifest"]))["chat_template"]
+    found = run_node(
+        "node_tokens.mjs",
+        {
+            "what": "vectors",
+            "tokenizer": str(STUDENT / "tokenizer.json"),
+            "texts": [case["text"] for case in load("tokenizer")["cases"]],
+            "template": template,
+            "chats": [case["messages"] for case in load("template")["cases"]],
+            "trusted": load("bundles")["trusted"],
+            "bundles": [{key: case[key] for key in ("manifest", "signature")} for case in bundles],
+        },
+    )
+    assert found["tokenizer"] == load("tokenizer")["cases"]
+    assert found["template"] == [case["ids"] for case in load("template")["cases"]]
+    verdicts = dict(zip((case["name"] for case in bundles), found["bundles"], strict=True))
+    expected = {case["name"]: case.get("error", case.get("version")) for case in bundles}
+    assert {
+        name: (verdicts[name], expected[name]) for name in verdicts if verdicts[name] != expected[name]
+    } == {}
