@@ -22,6 +22,7 @@ _FLAGS = {
     "region": "where this core stands",
     "load_format": "auto, or random for random weights",
     "dtype": "auto, float32, bfloat16 or float16",
+    "quantization": "none, or fp8 for layer weights of half the size",
     "device": "auto, cpu, cuda, ...",
     "tensor_parallel_size": "processes, each with a GPU of its own, that share every layer",
     "placement": "tensor_parallel, or attention_feed_forward: two processes, one for each kind of layer",

@@ -55,6 +55,7 @@ def native_engine(config: CoreConfig) -> Any:
             model=config.model,
             load_format=config.load_format,
             dtype=config.dtype,
+            quantization=config.quantization,
             device=device,
             block_size=config.block_size,
             num_kv_blocks=config.num_kv_blocks,

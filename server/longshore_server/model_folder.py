@@ -30,7 +30,17 @@ def check_model_folder(config: CoreConfig) -> None:
 
 
 def model_digest(config: CoreConfig) -> str:
-    """64 hexadecimal digits that name weights and tokenizer, as a bundle of the same folder has them."""
+    """64 hexadecimal digits that name weights and tokenizer, as a bundle of the same folder has them.
+
+    Quantized at load, the same folder is another model: its answers must not continue the other's.
+    """
+    digest = _folder_digest(config)
+    if config.quantization == "none":
+        return digest
+    return hashlib.sha256(f"{digest} {config.quantization}".encode()).hexdigest()
+
+
+def _folder_digest(config: CoreConfig) -> str:
     if config.load_format != "random":
         return bundle.model_digest(config.model, config.tokenizer_dir)
     digest = hashlib.sha256()

@@ -168,6 +168,7 @@ def test_the_digest_follows_what_answers_depend_on(tmp_path: Path) -> None:
     assert model_digest(engine_config(same)) == digest
     assert len(digest) == 64
     assert model_digest(engine_config(one, seed=1)) != digest
+    assert model_digest(engine_config(one, quantization="fp8")) != digest
     (same / "model.safetensors").write_bytes(b"weights")
     weights = model_digest(engine_config(same, load_format="auto"))
     (same / "model.safetensors").write_bytes(b"weightz")
