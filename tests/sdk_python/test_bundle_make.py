@@ -13,13 +13,12 @@ from bundles import FILES, snapshot, write_plain
 from longshore.bundle import (
     CHUNK_BYTES,
     SigningKey,
-    check_operators,
     describe_file,
     load_bundle,
     make_bundle,
     sign_bundle,
 )
-from longshore.errors import BundleDamagedError, BundleError, BundleIncompatibleError, ConfigError
+from longshore.errors import BundleDamagedError, BundleError, ConfigError
 from longshore.signing import PrivateKey
 
 KEY = SigningKey("ops", PrivateKey.generate())
@@ -91,13 +90,3 @@ def test_files_are_described_chunk_by_chunk(tmp_path: Path, size_bytes: int) -> 
     assert file.sha256 == hashlib.sha256(data).hexdigest() and file.size_bytes == size_bytes
     assert file.chunk_sha256 == tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
     assert describe_file(tmp_path, "file").chunk_bytes == CHUNK_BYTES
-
-
-def test_operators_that_a_runtime_does_not_know(source: Path) -> None:
-    manifest = load_bundle(source)
-    variant = type(manifest.variants[0])(
-        "int4", "model.onnx", "int4", "built", ("Add", "com.microsoft:MatMulNBits")
-    )
-    check_operators(manifest, variant, {"Add", "com.microsoft:MatMulNBits", "Mul"})
-    with pytest.raises(BundleIncompatibleError, match="MatMulNBits"):
-        check_operators(manifest, variant, {"Add", "MatMulNBits"})

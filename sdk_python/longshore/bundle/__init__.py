@@ -3,7 +3,7 @@
 The standard library alone; `cryptography` is imported when a signature is made or checked.
 """
 
-from longshore.bundle.check import Trust, check_operators, check_runtime, load_bundle, read_manifest
+from longshore.bundle.check import Trust, check_runtime, load_bundle, read_manifest
 from longshore.bundle.digest import model_digest
 from longshore.bundle.download import Download, DownloadLimits, install_from_edge
 from longshore.bundle.keyfile import (
@@ -36,7 +36,6 @@ __all__ = [
     "TrustStore",
     "TrustedKeys",
     "VerifyingKey",
-    "check_operators",
     "check_runtime",
     "describe_file",
     "install",

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +14,7 @@ from longshore.bundle.files import open_plain
 from longshore.bundle.trust import TrustedKeys, TrustStore, VerifyingKey
 from longshore.errors import BundleDamagedError, BundleError, BundleIncompatibleError
 from longshore.signing import decode_base64url
-from longshore.wire import MANIFEST_NAME, SIGNATURE_NAME, BundleFile, Manifest, Variant, load_manifest
+from longshore.wire import MANIFEST_NAME, SIGNATURE_NAME, BundleFile, Manifest, load_manifest
 from longshore.wire.limits import MAX_BUNDLE_FILES, MAX_MANIFEST_BYTES
 
 MAX_SIGNATURE_BYTES = 1024
@@ -50,15 +50,6 @@ def check_runtime(manifest: Manifest, onnxruntime_version: str) -> None:
     if _numbers(onnxruntime_version) < _numbers(manifest.min_onnxruntime):
         raise BundleIncompatibleError(
             f"bundle {manifest.name} needs onnxruntime {manifest.min_onnxruntime}, not {onnxruntime_version}"
-        )
-
-
-def check_operators(manifest: Manifest, variant: Variant, known: Collection[str]) -> None:
-    """BundleIncompatibleError if the variant needs an operator that is not in `known` (`domain:name`)."""
-    missing = sorted(set(variant.required_operators) - set(known))
-    if missing:
-        raise BundleIncompatibleError(
-            f"bundle {manifest.name}: this onnxruntime does not know {', '.join(missing[:5])}"
         )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from longshore.device.frames import Frame, read_frame, write_frame
+from longshore.errors import BundleIncompatibleError
 
 if TYPE_CHECKING:
     from longshore.device.generate import GeneratedToken, Generator, Job
@@ -85,6 +86,7 @@ def _leave_with_parent(parent: int) -> None:
 
 def _tell_failure(sink: BinaryIO, error: BaseException) -> None:
     kind = "memory" if isinstance(error, MemoryError) or "alloc" in str(error).lower() else "failed"
+    kind = "incompatible" if isinstance(error, BundleIncompatibleError) else kind
     message = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace").decode()
     with suppress(BaseException):
         write_frame(sink, {"type": "error", "id": None, "kind": kind, "message": message})
@@ -100,10 +102,12 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
 
     from longshore.device.calibrate import measure
     from longshore.device.generate import Generator
+    from longshore.device.operators import refuse_unknown
     from longshore.device.session import DecoderSession
     from longshore.device.speculate import PromptLookup
     from longshore.wire import KvGeometry
 
+    refuse_unknown(frame["operators"])
     session = DecoderSession(Path(frame["model"]), KvGeometry(**frame["kv"]), frame["num_threads"])
     load_s = time.perf_counter() - begin_s
     prefill, decode = measure(session, frame["calibration_s"])

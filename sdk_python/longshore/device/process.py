@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from longshore.device.frames import Frame, read_frame, write_frame
-from longshore.errors import DeviceError
+from longshore.errors import BundleIncompatibleError, DeviceError
 
 _PACKAGE_ROOT = Path(__file__).parent.parent.parent
 _JOIN_S = 5.0
@@ -142,11 +142,13 @@ class ModelProcess:
             self._popen.kill()
             channel.is_over.wait(_JOIN_S)
 
-    def failure(self, frame: Frame) -> DeviceError:
+    def failure(self, frame: Frame) -> DeviceError | BundleIncompatibleError:
         """The error that a frame which is not a token tells of."""
         if frame["type"] == "error":
             if frame["kind"] == "memory":
                 return DeviceError(f"the model process reached its memory limit ({frame['message']})")
+            if frame["kind"] == "incompatible":
+                return BundleIncompatibleError(frame["message"].partition(": ")[2])
             return DeviceError(f"the model process failed: {frame['message']}")
         with suppress(subprocess.TimeoutExpired):
             self._popen.wait(_JOIN_S)

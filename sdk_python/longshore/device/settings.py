@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from longshore.errors import ConfigError
 
@@ -19,6 +20,8 @@ class DeviceSettings:
     graphs; None takes the first. `speculation` has tokens guessed by prompt lookup and checked together, in
     variants that compute each row by itself (fp32, int4); answers stay as they are. `cancel_grace_s` is how
     long a step may go on after a cancel before the child is ended.
+    `trust` is a trust store of operators' keys, one of which must have signed the bundle; without it the
+    files are checked against the manifest alone.
     """
 
     num_threads: int = 1
@@ -29,6 +32,7 @@ class DeviceSettings:
     start_timeout_s: float = 60.0
     cancel_grace_s: float = 5.0
     variant: str | None = None
+    trust: Path | None = None
     speculation: bool = True
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, cast
 
-from longshore.bundle import check_runtime, load_bundle, read_manifest
+from longshore.bundle import check_runtime, load_bundle, load_trust, read_manifest
 from longshore.detokenize import IncrementalText
 from longshore.device.answer import AnswerWriter
 from longshore.device.calibrate import Calibration
@@ -25,7 +25,13 @@ from longshore.device.process import Channel, ModelProcess
 from longshore.device.settings import DeviceSettings
 from longshore.device.text import StudentText
 from longshore.device.turn import Turnstile
-from longshore.errors import BundleIncompatibleError, ConfigError, DeviceError, LongshoreError
+from longshore.errors import (
+    BundleDamagedError,
+    BundleIncompatibleError,
+    ConfigError,
+    DeviceError,
+    LongshoreError,
+)
 from longshore.wire import AnswerEvent, AnyRequest, FinishReason, Manifest, Variant
 
 
@@ -92,7 +98,7 @@ class Student:
             if self._calibration is not None and self._process is not None and self._process.is_alive:
                 return self._calibration
             self._end_process()
-            load_bundle(self._bundle_dir)
+            self._check_bundle()
             check_runtime(self.manifest, _onnxruntime_version())
             self._texts()
             self._calibration = self._start_process()
@@ -236,10 +242,17 @@ class Student:
         self._process, self._finalizer = process, finalizer
         return Calibration(ready["load_s"], ready["prefill_tokens_per_s"], ready["decode_tokens_per_s"])
 
+    def _check_bundle(self) -> None:
+        trust = self._settings.trust
+        trusted_keys = load_trust(trust) if trust is not None else None
+        if load_bundle(self._bundle_dir, trusted_keys=trusted_keys) != self.manifest:
+            raise BundleDamagedError(f"the bundle at {self._bundle_dir} changed after it was opened")
+
     def _load_frame(self) -> dict[str, object]:
         settings = self._settings
         return {
             "model": str(self._bundle_dir.resolve() / self._variant.file),
+            "operators": list(self._variant.required_operators),
             "kv": dataclasses.asdict(self.manifest.kv),
             "num_threads": settings.num_threads,
             "chunk": settings.prefill_chunk_tokens,
