@@ -139,7 +139,9 @@ def _repair_file(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _repair_manifest(kwargs: dict[str, Any]) -> dict[str, Any]:
     files = [dataclasses.replace(file, path=f"part{n}.bin") for n, file in enumerate(kwargs["files"])]
     variants = [
-        dataclasses.replace(variant, name=f"v{n}", file="part0.bin")
+        dataclasses.replace(
+            variant, name=f"v{n}", file="part0.bin", prefill_file=variant.prefill_file and "part0.bin"
+        )
         for n, variant in enumerate(kwargs["variants"])
     ]
     return kwargs | {"files": tuple(files), "variants": tuple(variants), "tokenizer_file": "part0.bin"}

@@ -22,7 +22,7 @@ from longshore.wire import (
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import Checkpoint, load_checkpoint
 from longshore_export.graph import MIN_ONNXRUNTIME, OPSET, Rounding, round_plainly
-from longshore_export.variant import build_variant
+from longshore_export.variant import BuiltVariant, build_variant
 from longshore_export.verify import Parity
 
 MODEL_NAME = "model.onnx"
@@ -69,8 +69,8 @@ def export_student(
             name=name or model_dir.resolve().name,
             version=version,
             model_digest=model_digest(model_dir),
-            files=tuple(describe_file(folder, path) for path in (MODEL_NAME, TOKENIZER_NAME)),
-            variants=(Variant(variant, MODEL_NAME, built.precision, "built", built.required_operators),),
+            files=tuple(describe_file(folder, path.name) for path in sorted(folder.iterdir())),
+            variants=(_variant(built),),
             tokenizer_file=TOKENIZER_NAME,
             kv=_kv(checkpoint),
             chat_template=chat_template,
@@ -84,6 +84,17 @@ def export_student(
             shutil.rmtree(out_dir)
         folder.rename(out_dir)
     return Exported(out_dir, manifest, built.parity)
+
+
+def _variant(built: BuiltVariant) -> Variant:
+    return Variant(
+        name=built.name,
+        file=built.file.name,
+        precision=built.precision,
+        graph="built",
+        required_operators=built.required_operators,
+        prefill_file=built.prefill_file.name if built.prefill_file else None,
+    )
 
 
 def _check_out(out_dir: Path) -> None:

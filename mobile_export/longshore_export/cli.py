@@ -22,7 +22,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     student.add_argument("--name", help="name of the bundle; the model folder's by default")
     student.add_argument("--version", type=int, default=1, help="grows with each release (default: 1)")
     student.add_argument(
-        "--variant", default="fp32", help="fp32, int8, int4-b32, int4-b64 or int4-b128 (default: fp32)"
+        "--variant",
+        default="fp32",
+        help="fp32, int8, mixed-b64, int4-b32, -b64 or -b128, those also with -p8 (default: fp32)",
     )
     student.add_argument("--max-tokens", type=int, help="context on the device; the model's by default")
     student.add_argument(

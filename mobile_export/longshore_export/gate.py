@@ -120,10 +120,9 @@ def _measured(
     file: Path,
     reference: float | None,
 ) -> Row:
-    build_variant(checkpoint, candidate.variant, file, candidate.rounding)
-    size_bytes = file.stat().st_size
-    session = DecoderSession(file, kv_geometry(checkpoint), num_threads=1)
-    file.unlink()
+    built = build_variant(checkpoint, candidate.variant, file, candidate.rounding)
+    size_bytes = built.size_bytes
+    session = DecoderSession(file, kv_geometry(checkpoint), num_threads=1, prefill_path=built.prefill_file)
     prefill, decode = measure(session, SPEED_BUDGET_S)
     answers = greedy_answers(session, tokenizer, task, checkpoint.eos_token_ids)
     exact_match = sum(example.is_right(answer) for example, answer in zip(task, answers, strict=True)) / len(

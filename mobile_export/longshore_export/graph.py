@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from longshore.errors import UnsupportedModelError
+from longshore_export.graph_derive import derive_rows
 from longshore_export.quantize import (
     BlockFormat,
     BlockWeights,
+    DerivedFormat,
     RowFormat,
     RowWeights,
     WeightFormat,
@@ -128,6 +130,11 @@ class _Builder:
             weight = self.constant(f"{out}.weight", matrix.T)
             plain = self.node("MatMul", [source, weight], [f"{out}.product" if bias else out])
             return self.node("Add", [plain, bias], [out]) if bias else plain
+        if isinstance(form, DerivedFormat):
+            weights = self._rounding(out, matrix, form.source)
+            assert isinstance(weights, BlockWeights)
+            names = derive_rows(self, out, weights)
+            return self._row_node(source, out, names, bias)
         rounded = self._rounding(out, matrix, form)
         if isinstance(rounded, BlockWeights):
             return self.block_product(source, out, rounded, bias)
@@ -156,7 +163,10 @@ class _Builder:
         codes = self.constant(f"{out}.codes", weights.codes.T)
         scales = self.constant(f"{out}.scales", weights.scales)
         zero = self.constant(f"{out}.zero_points", np.zeros(len(weights.codes), np.int8))
-        inputs = [source, codes, scales, zero, *([bias] if bias else [])]
+        return self._row_node(source, out, (codes, scales, zero), bias)
+
+    def _row_node(self, source: str, out: str, weights: tuple[str, str, str], bias: str) -> str:
+        inputs = [source, *weights, *([bias] if bias else [])]
         return self.node("DynamicQuantizeMatMul", inputs, [out], domain=CONTRIB_DOMAIN)
 
     def norm(self, source: str, out: str, weight_name: str) -> str:

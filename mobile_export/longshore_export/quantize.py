@@ -36,7 +36,14 @@ class RowFormat:
     """int8 with one fp32 scale for each output; activations are rounded to a byte per call."""
 
 
-WeightFormat = BlockFormat | RowFormat | None  # None is fp32
+@dataclass(frozen=True, slots=True)
+class DerivedFormat:
+    """int8 rows that the runtime makes from the codes of `source` when it loads the graph."""
+
+    source: BlockFormat
+
+
+WeightFormat = BlockFormat | RowFormat | DerivedFormat | None  # None is fp32
 
 
 @dataclass(frozen=True, slots=True)

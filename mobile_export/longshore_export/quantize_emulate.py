@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longshore_export.graph import Quantized, Rounding
-from longshore_export.quantize import BlockFormat, RowFormat, WeightFormat
+from longshore_export.quantize import BlockFormat, DerivedFormat, RowFormat, WeightFormat, round_rows
 from longshore_export.quantize_recipe import Recipe
 
 PARTS = {
@@ -74,7 +74,11 @@ def _round_together(
         return
     modules = [getattr(parent, name) for name in names]
     matrix = np.concatenate([module.weight.detach().numpy() for module in modules])
-    rounded: Quantized = rounding(part, matrix, form)
+    if isinstance(form, DerivedFormat):
+        rounded: Quantized = round_rows(rounding(part, matrix, form.source).dequantized())
+        form = RowFormat()
+    else:
+        rounded = rounding(part, matrix, form)
     pieces = torch.from_numpy(rounded.dequantized()).split([len(module.weight) for module in modules])
     for name, module, piece in zip(names, modules, pieces, strict=True):
         setattr(parent, name, _RoundedLinear(piece.clone(), module.bias, form))

@@ -22,7 +22,7 @@ from longshore_export.quantize_recipe import RECIPES
 from longshore_export.verify import check_rounded_parity
 from tiny_models import config_of, write_model
 
-QUANTIZED = [name for name in RECIPES if name != "fp32"]
+QUANTIZED = ("int8", "int4-b128", "int4-b64-p8", "mixed-b64")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,22 @@ def test_a_variant_becomes_a_bundle(models: dict[str, Checkpoint], tmp_path: Pat
     written = load_bundle(tmp_path / "bundle").variants[0]
     assert (written.name, written.precision) == ("int8", "int8")
     assert "com.microsoft:DynamicQuantizeMatMul" in written.required_operators
+
+
+def test_a_graph_for_prompts_brings_no_weights_of_its_own(
+    models: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    exported = export_student(models["llama-biased"].folder, tmp_path / "bundle", variant="int4-b32-p8")
+    written = exported.manifest.variants[0]
+    assert written.prefill_file == "model.prefill.onnx"
+    sizes = {file.path: file.size_bytes for file in exported.manifest.files}
+    plain = export_student(models["llama-biased"].folder, tmp_path / "plain", variant="int4-b32")
+    assert (tmp_path / "plain/model.onnx").read_bytes() == (tmp_path / "bundle/model.onnx").read_bytes()
+    assert plain.manifest.variants[0].prefill_file is None
+    session = onnx.load(tmp_path / "bundle/model.prefill.onnx", load_external_data=False)
+    own = [item for item in session.graph.initializer if not item.external_data]
+    assert max(len(item.raw_data) for item in own) <= 2048
+    assert sizes["model.prefill.onnx"] < 60_000
 
 
 def test_an_unknown_variant_is_named(models: dict[str, Checkpoint], tmp_path: Path) -> None:

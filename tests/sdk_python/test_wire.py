@@ -557,6 +557,7 @@ def test_rules_of_a_manifest(manifest: wire.Manifest) -> None:
     variant = encode(manifest.variants[0])
     for bad in (
         {"variants": [variant, variant]},
+        {"variants": [variant | {"prefill_file": "nowhere.onnx"}]},
         {"version": 0},
         {"min_onnxruntime": "\N{ARABIC-INDIC DIGIT ONE}"},
         {"eos_token_ids": [-1]},

@@ -1,7 +1,7 @@
 """The model process: loads one graph under limits, answers one job at a time, and ends with its parent.
 
-    in    load {model, kv, num_threads, chunk, calibration_s, speculation, memory_limit_bytes},
-          job {...}, cancel {id}
+    in    load {model, prefill_model, kv, num_threads, chunk, calibration_s, speculation,
+          memory_limit_bytes}, job {...}, cancel {id}
     out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, error {id, kind, message}
 
 It opens no socket and no file but the model, and holds no text of anyone.
@@ -108,7 +108,12 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     from longshore.wire import KvGeometry
 
     refuse_unknown(frame["operators"])
-    session = DecoderSession(Path(frame["model"]), KvGeometry(**frame["kv"]), frame["num_threads"])
+    session = DecoderSession(
+        Path(frame["model"]),
+        KvGeometry(**frame["kv"]),
+        frame["num_threads"],
+        Path(frame["prefill_model"]) if frame["prefill_model"] else None,
+    )
     load_s = time.perf_counter() - begin_s
     prefill, decode = measure(session, frame["calibration_s"])
     ready = {"load_s": load_s, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+LEAST_PREFILL_TOKENS = 8  # below this, the graph for prompts has no advantage
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A binding for a fixed number of tokens, with the arrays that it reads and writes."""
@@ -29,19 +32,22 @@ class _Step:
 
 
 class DecoderSession:
-    """One model and its cache of keys and values, which the graph reads and writes in place."""
+    """One model and its cache of keys and values, which the graph reads and writes in place.
 
-    def __init__(self, model_path: Path, kv: KvGeometry, num_threads: int) -> None:
+    Where there is a graph for prompts, both work on the one cache.
+    """
+
+    def __init__(
+        self, model_path: Path, kv: KvGeometry, num_threads: int, prefill_path: Path | None = None
+    ) -> None:
         import numpy as np
         import onnxruntime
 
         self._np = np
         self._ort = onnxruntime
         self.max_tokens = kv.max_tokens
-        self._session = onnxruntime.InferenceSession(
-            str(model_path), _options(onnxruntime, num_threads), providers=["CPUExecutionProvider"]
-        )
-        self._check_interface(kv)
+        self._session = self._open(model_path, kv, num_threads)
+        self._prefill = self._open(prefill_path, kv, num_threads) if prefill_path else self._session
         self.vocab_size = int(self._session.get_outputs()[0].shape[1])
         self._cache = self._allocate(kv)
         self._lengths: dict[str, NDArray[Any]] = {
@@ -63,7 +69,8 @@ class DecoderSession:
         self._set_lengths(len(token_ids), num_past)
         self._row[0] = len(token_ids) - 1
         input_ids = self._np.array([token_ids], self._np.int64)
-        self._session.run_with_iobinding(self._bind(input_ids, self._row, self._logits))
+        session = self._prefill if len(token_ids) >= LEAST_PREFILL_TOKENS else self._session
+        session.run_with_iobinding(self._bind(session, input_ids, self._row, self._logits))
         last: NDArray[np.float32] = self._logits[0]
         return last
 
@@ -86,12 +93,18 @@ class DecoderSession:
         np = self._np
         input_ids, rows = np.zeros((1, num_tokens), np.int64), np.arange(num_tokens, dtype=np.int64)
         logits = np.zeros((num_tokens, self.vocab_size), np.float32)
-        step = _Step(self._bind(input_ids, rows, logits), input_ids, logits)
+        step = _Step(self._bind(self._session, input_ids, rows, logits), input_ids, logits)
         self._steps[num_tokens] = step
         return step
 
-    def _check_interface(self, kv: KvGeometry) -> None:
-        inputs = {item.name: item.shape for item in self._session.get_inputs()}
+    def _open(self, path: Path, kv: KvGeometry, num_threads: int) -> Any:
+        options = _options(self._ort, num_threads)
+        session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._check_interface(session, kv)
+        return session
+
+    def _check_interface(self, session: Any, kv: KvGeometry) -> None:
+        inputs = {item.name: item.shape for item in session.get_inputs()}
         cache = [1, kv.num_kv_heads, kv.max_tokens, kv.head_dim]
         needed = {"input_ids", "rows", "seqlens_k", "total_sequence_length", *_cache_names("past", kv)}
         if set(inputs) != needed or any(inputs[name] != cache for name in _cache_names("past", kv)):
@@ -107,10 +120,14 @@ class DecoderSession:
         return cache
 
     def _bind(
-        self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], logits: NDArray[np.float32]
+        self,
+        session: Any,
+        input_ids: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        logits: NDArray[np.float32],
     ) -> Any:
         """A binding that reads and writes our own arrays, so that a step copies nothing."""
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         wrap = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in {"input_ids": input_ids, "rows": rows, **self._lengths}.items():
             binding.bind_ortvalue_input(name, wrap(array))

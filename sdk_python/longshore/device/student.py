@@ -249,9 +249,10 @@ class Student:
             raise BundleDamagedError(f"the bundle at {self._bundle_dir} changed after it was opened")
 
     def _load_frame(self) -> dict[str, object]:
-        settings = self._settings
+        settings, prefill = self._settings, self._variant.prefill_file
         return {
             "model": str(self._bundle_dir.resolve() / self._variant.file),
+            "prefill_model": str(self._bundle_dir.resolve() / prefill) if prefill else None,
             "operators": list(self._variant.required_operators),
             "kv": dataclasses.asdict(self.manifest.kv),
             "num_threads": settings.num_threads,

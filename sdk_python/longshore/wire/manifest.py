@@ -99,13 +99,18 @@ class KvGeometry:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One graph of the model: its file, number format, size and what it needs of the runtime."""
+    """One graph of the model: its file, number format, size and what it needs of the runtime.
+
+    `prefill_file` is a graph of the same inputs and outputs that reads prompts faster; its weights lie in
+    `file`, and whoever does not use it loses nothing but time.
+    """
 
     name: Name
     file: BundlePath
     precision: Literal["fp32", "int8", "int4"]
     graph: Literal["traced", "built"] = "traced"
     required_operators: Annotated[tuple[Name, ...], MaxLen(200)] = ()
+    prefill_file: BundlePath | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,8 @@ class Manifest:
             raise InvalidRequestError("names a path twice", param="files")
         if len({variant.name for variant in self.variants}) != len(self.variants):
             raise InvalidRequestError("names a variant twice", param="variants")
-        for needed in (self.tokenizer_file, *(variant.file for variant in self.variants)):
+        graphs = [graph for item in self.variants for graph in (item.file, item.prefill_file) if graph]
+        for needed in (self.tokenizer_file, *graphs):
             if needed not in paths:
                 raise InvalidRequestError(f"does not list {needed}", param="files")
         for path in folded:
