@@ -79,6 +79,8 @@ def _fill(
             finisher.finish_layer(index)
     fill_buffers(model, device)
     finisher.finish_model()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the KV cache is sized by what the device has free
     return model
 
 
