@@ -14,6 +14,7 @@ from demo import tiers
 from demo.claims import Claims
 from demo.scenes import Scenes
 from longshore import AsyncClient
+from longshore.device import DeviceSettings
 from longshore.errors import LongshoreError
 from longshore.tier_process import TierProcess
 
@@ -61,7 +62,10 @@ async def _play(
     claims: Claims,
     rng: Random,
 ) -> None:
-    async with AsyncClient(edge_url=edge_url, api_key=keys.api_key, device=bundle) as client:
+    settings = DeviceSettings(trust=tiers.trust_store(bundle.parent))
+    async with AsyncClient(
+        edge_url=edge_url, api_key=keys.api_key, device=bundle, device_settings=settings
+    ) as client:
         scenes = Scenes(client, core, edge, claims, rng)
         await scenes.calm()
         await scenes.rush()

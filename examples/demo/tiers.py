@@ -39,11 +39,22 @@ class Keys:
 
 
 def export_bundle(folder: Path) -> Path:
-    """Export the student to an ONNX bundle with the command that a user would type."""
-    bundle = folder / "shop-student"
-    command = ["export", "student", "--model", str(MODELS / "shop-student"), "--out", str(bundle)]
-    subprocess.run([sys.executable, "-m", "longshore.cli", *command], check=True, timeout=300)
+    """Export and sign the student with the commands that an operator would type; the key lasts a day."""
+    bundle, key = folder / "shop-student", folder / "operator.key"
+    _longshore("bundle", "keygen", str(key), "--key-id", "demo", "--days", "1")
+    _longshore("bundle", "trust", "add", str(trust_store(folder)), f"{key}.pub")
+    model = str(MODELS / "shop-student")
+    _longshore("export", "student", "--model", model, "--out", str(bundle), "--sign-key", str(key))
     return bundle
+
+
+def trust_store(folder: Path) -> Path:
+    """The public keys that the demo's device believes."""
+    return folder / "trust.json"
+
+
+def _longshore(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "longshore.cli", *arguments], check=True, timeout=300)
 
 
 def core(folder: Path, keys: Keys) -> TierProcess:
