@@ -1,7 +1,8 @@
-"""Linear layers for CPUs: weights packed once for oneDNN, whose rows do not depend on how many there are.
+"""Linear layers for CPUs: weights packed once, whose rows do not depend on how many there are.
 
-Faster than the plain layer from 2 to 64 rows, and each row's result is the same to the last bit in every
-batch, which torch's own BLAS does not promise. It replaces plain float32 nn.Linear modules only.
+Each row's result is the same to the last bit in every batch, which torch's own BLAS does not promise. It
+replaces plain float32 nn.Linear modules only: by half-precision ones where no weight loses a bit, else by
+oneDNN's, which are faster than the plain layer from 2 to 64 rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from longshore_server.native.model.cpu_half_linear import HalfPackedLinear, exact_scale
+
 # oneDNN chooses the packing for an expected number of rows; 32 was the fastest over 2..512 rows.
 EXPECTED_ROWS = 32
 # A single row would take another kernel, with another order of summation; four equal rows are also faster.
@@ -18,7 +21,7 @@ SINGLE_ROW_COPIES = 4
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer over a packed weight; gradients are not supported."""
+    """A float32 linear layer over a weight packed by oneDNN; gradients are not supported."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -66,8 +69,14 @@ def pack_linears(model: nn.Module) -> int:
         and child.weight.device.type == "cpu"
     ]
     for parent, name, linear in linears:
-        setattr(parent, name, PackedLinear(linear))
+        setattr(parent, name, packed_form(linear))
     return len(linears)
+
+
+def packed_form(linear: nn.Linear) -> PackedLinear | HalfPackedLinear:
+    """The faster of the forms that a float32 layer on a CPU can take without a change of its weights."""
+    scale = exact_scale(linear.weight)
+    return PackedLinear(linear) if scale is None else HalfPackedLinear(linear, scale)
 
 
 @torch.inference_mode()
