@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 BEAT_INTERVAL_S = 0.1
 # A rank is silent when so many looks in a row, each on time, found nothing: a machine that is too busy to
 # look is too busy to blame a rank.
-MAX_SILENT_LOOKS = 7
+MAX_SILENT_LOOKS = 5
 START_TIMEOUT_S = 1800.0
 PONG_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 2.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +185,7 @@ def _build(
 def _build_share(
     folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig, links: RankLinks
 ) -> PreTrainedModel:
-    def build_whole() -> PreTrainedModel:
-        return build_random(hf_config, dtype, replace(config, fuse_layers=False))
-
-    model: PreTrainedModel = _checked(
-        folder, lambda: build_share(folder, hf_config, dtype, config, links, build_whole)
-    )
+    model: PreTrainedModel = _checked(folder, lambda: build_share(folder, hf_config, dtype, config, links))
     return model
 
 

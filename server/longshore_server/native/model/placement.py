@@ -5,27 +5,22 @@ It builds a rank's share and the modules where ranks meet. It starts no process 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
-from longshore_server.native.model.materialize import fill_buffers
-from longshore_server.native.model.shard import SafetensorsSlices, TakeSlice, fill, slices_of
+from longshore_server.native.model.materialize import build_on_meta, fill_buffers
+from longshore_server.native.model.shard import SafetensorsSlices, fill, fill_random
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan, check_heads, connect
 from longshore_server.native.rank_links import RankLinks
 
 ATTENTION_RANK = 0
 FEED_FORWARD_RANK = 1
-
-BuildWhole = Callable[[], PreTrainedModel]
 
 
 def check_ranks(config: EngineConfig, hf_config: Any) -> None:
@@ -45,23 +40,11 @@ def rank_device(device: str, rank: int) -> str:
 
 
 def build_share(
-    folder: Path,
-    hf_config: Any,
-    dtype: torch.dtype,
-    config: EngineConfig,
-    links: RankLinks,
-    build_whole: BuildWhole,
+    folder: Path, hf_config: Any, dtype: torch.dtype, config: EngineConfig, links: RankLinks
 ) -> PreTrainedModel:
-    """This rank's share, connected to the others; every rank calls it.
-
-    `build_whole` makes the seeded random weights of the whole model, of which the share is cut: the same
-    weights for any number of ranks, at the cost of the whole model's memory for a moment.
-    """
+    """This rank's share, connected to the others; every rank calls it."""
     device = torch.device(config.device)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            hf_config, dtype=dtype, attn_implementation=interface.ATTENTION_NAME, trust_remote_code=False
-        )
+    model = build_on_meta(hf_config, dtype)
     plan = None
     if config.placement == "tensor_parallel":
         plan = TensorParallelPlan(model, hf_config, links.rank, links.num_ranks)
@@ -69,20 +52,16 @@ def build_share(
         _put_feed_forward_elsewhere(model, links)
     else:
         _keep_feed_forward_alone(model)
-    with _weights(folder, dtype, device, config, build_whole) as take:
-        fill(model, plan, take)
+    with torch.no_grad():
+        if config.load_format == "random":
+            fill_random(model, plan, build_on_meta(hf_config, dtype), device, config.seed)
+        else:
+            with SafetensorsSlices(folder, dtype, device) as take:
+                fill(model, plan, take)
     fill_buffers(model, device)
     if plan is not None:
         connect(model, plan, links)
     return model
-
-
-def _weights(
-    folder: Path, dtype: torch.dtype, device: torch.device, config: EngineConfig, build_whole: BuildWhole
-) -> AbstractContextManager[TakeSlice]:
-    if config.load_format == "random":
-        return nullcontext(slices_of(dict(build_whole().named_parameters())))
-    return SafetensorsSlices(folder, dtype, device)
 
 
 # --- attention and feed-forward apart ---

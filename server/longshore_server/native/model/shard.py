@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longshore_server.native.errors import ModelLoadError
+from longshore_server.native.model.materialize import parts
+from longshore_server.native.model.random_weights import RandomWeights
 from longshore_server.native.model.tensor_parallel import Slice, TensorParallelPlan
 
 # Gives a parameter's slice (the whole of it for None) on the device, in the model's dtype.
@@ -25,16 +27,46 @@ TakeSlice = Callable[[str, Slice | None], torch.Tensor]
 
 def fill(model: PreTrainedModel, plan: TensorParallelPlan | None, take: TakeSlice) -> None:
     """Gives a model on the meta device this rank's weights; raises ModelLoadError when one is missing."""
-    tied: dict[str, str] = dict(model.all_tied_weights_keys)
     for name, parameter in list(model.named_parameters()):
-        if name not in tied:
+        if name not in model.all_tied_weights_keys:
             part = plan.slice_of(name, parameter.shape) if plan else None
             _set(model, name, take(name, part), parameter.shape)
-    for name, source in tied.items():
-        shape = model.get_parameter(name).shape
-        part = plan.slice_of(name, shape) if plan else None
+    _tie(model, plan)
+
+
+def fill_random(
+    model: PreTrainedModel,
+    plan: TensorParallelPlan | None,
+    whole: PreTrainedModel,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Cuts this rank's weights out of `whole` (on the meta device), which is drawn and dropped part by part.
+
+    So they are the weights of one rank alone, and no more than one layer is ever there whole.
+    """
+    source = RandomWeights(whole, device, seed)
+    mine = {name for name, _ in model.named_parameters()}
+    for _, parameters in parts(whole):
+        source.fill(parameters)
+        for name in parameters:
+            full = whole.get_parameter(name).data
+            if name in mine:
+                part = plan.slice_of(name, full.shape) if plan else None
+                _set(model, name, part.of(full).clone() if part else full, full.shape)
+            module_name, _, kind = name.rpartition(".")
+            setattr(whole.get_submodule(module_name), kind, None)
+    _tie(model, plan)
+
+
+def _tie(model: PreTrainedModel, plan: TensorParallelPlan | None) -> None:
+    """Gives tied weights (a head that is the token table) this rank's share of what they are tied to."""
+    for name, source in dict(model.all_tied_weights_keys).items():
+        whole_shape = model.get_parameter(name).shape  # still on the meta device
         weight = model.get_parameter(source).data
-        _set(model, name, part.of(weight) if part and weight.shape == shape else weight, shape)
+        part = plan.slice_of(name, whole_shape) if plan else None
+        is_whole = weight.shape == whole_shape
+        _set(model, name, part.of(weight) if part and is_whole else weight, whole_shape)
 
 
 def _set(model: nn.Module, name: str, weight: torch.Tensor, whole_shape: torch.Size) -> None:
@@ -92,12 +124,3 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     names = json.loads(index.read_bytes())["weight_map"].values()
     return sorted({folder / Path(name).name for name in names})
-
-
-def slices_of(whole: dict[str, torch.Tensor]) -> TakeSlice:
-    """Slices copied out of whole weights, so that those can be freed."""
-
-    def take(name: str, part: Slice | None) -> torch.Tensor:
-        return (part.of(whole[name]) if part else whole[name]).clone()
-
-    return take

@@ -1,0 +1,77 @@
+"""Ranks as processes under a bare engine: equal random weights, silence, a pass that breaks off halfway."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from core_processes import tiny_model_folder
+from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
+from longshore_server.native.errors import RanksLostError
+
+PROMPT = list(range(40, 60))
+PARAMS = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+NOTICE_TIMEOUT_S = 5.0
+
+
+def _fail(*_: Any) -> torch.Tensor:
+    raise RuntimeError("on purpose")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_model_folder(tmp_path)),
+        "load_format": "random",
+        "num_kv_blocks": 16,
+        "seed": 3,
+    }
+
+
+@pytest.mark.slow
+def test_random_weights_do_not_depend_on_ranks_and_ranks_out_of_step_are_ended(
+    settings: dict[str, Any],
+) -> None:
+    lost: list[str] = []
+    engine = NativeEngine(EngineConfig(**settings, tensor_parallel_size=2), on_ranks_lost=lost.append)
+    try:
+        single = NativeEngine(EngineConfig(**settings))
+        assert engine.generate([PROMPT], PARAMS) == single.generate([PROMPT], PARAMS)
+        engine.check_integrity()
+        (rank,) = psutil.Process().children(recursive=True)
+        engine._runner.model.model.layers[
+            0
+        ].mlp.forward = _fail  # the other rank waits for this one's product
+        for _ in range(2):
+            with pytest.raises(RanksLostError, match="out of step"):
+                engine.generate([PROMPT[:8]], PARAMS)
+        assert lost == ["the ranks are out of step after a failed pass"]
+    finally:
+        engine.close()
+    assert not rank.is_running()
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_noticed_and_ended(settings: dict[str, Any]) -> None:
+    """Within a second where the machine is not too busy to look; the bound here is for a busy one."""
+    noticed = threading.Event()
+    engine = NativeEngine(
+        EngineConfig(**settings, placement="attention_feed_forward"), on_ranks_lost=lambda _: noticed.set()
+    )
+    try:
+        (rank,) = psutil.Process().children(recursive=True)
+        rank.suspend()
+        began_s = time.monotonic()
+        with pytest.raises(RanksLostError, match="no sign of life"):
+            engine.generate([PROMPT], PARAMS)  # its forward pass is interrupted
+        assert noticed.wait(NOTICE_TIMEOUT_S)
+        print(f"noticed after {time.monotonic() - began_s:.2f} s")
+    finally:
+        engine.close()
+    assert not rank.is_running()
