@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,11 +42,18 @@ Lie = Callable[[Answer], None]
 class LyingEdge:
     """Serves `folder` below `/bundles/NAME`; `asked` are the (path, first, end) of each request."""
 
-    def __init__(self, folder: Path, name: str, lie: Lie = lambda answer: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        lie: Lie = lambda answer: None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.folder = folder
         self.lie = lie
         self.asked: list[tuple[str, int, int]] = []
         self.num_connections = 0
+        self._tls = tls
         self._prefix = f"/bundles/{name}/"
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
@@ -54,7 +62,7 @@ class LyingEdge:
     @property
     def url(self) -> str:
         port = self._listener.getsockname()[1]
-        return f"http://127.0.0.1:{port}{self._prefix.rstrip('/')}"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{port}{self._prefix.rstrip('/')}"
 
     def __enter__(self) -> Self:
         self._threads[0].start()
@@ -81,9 +89,12 @@ class LyingEdge:
             thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock:
+        with contextlib.suppress(OSError), sock, self._wrapped(sock) as sock:
             while head := self._head(sock):
                 self._reply(sock, head)
+
+    def _wrapped(self, sock: socket.socket) -> socket.socket:
+        return self._tls.wrap_socket(sock, server_side=True) if self._tls is not None else sock
 
     @staticmethod
     def _head(sock: socket.socket) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from attacks.lying_edge import Answer, Lie, LyingEdge
 from attacks.victim import FILES, Device
 from bundles import snapshot
+from certificates import write_certificate
 from longshore.bundle import Download, DownloadLimits, install_from_edge
 from longshore.bundle import fetch as fetch_module
 from longshore.errors import (
@@ -228,6 +230,20 @@ def test_nobody_listens(device: Device) -> None:
 @pytest.mark.parametrize("url", BAD_URLS)
 def test_addresses_that_are_no_bundle(device: Device, url: str) -> None:
     device.refuses(lambda: download(device, url), ConfigError)
+
+
+def test_tls_is_checked_and_its_trickle_ends(device: Device, offer: Path) -> None:
+    certificate = write_certificate(device.folder / "both.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    knowing = ssl.create_default_context(cafile=certificate)
+    with LyingEdge(offer, "plain", on(MODEL, trickle), tls) as edge:
+        device.refuses(lambda: download(device, edge.url), ProtocolError)
+        brief = DownloadLimits(time_limit_s=0.7)
+        attack = lambda: download(device, edge.url, ssl_context=knowing, limits=brief)  # noqa: E731
+        device.refuses(attack, DeadlineExceededError)
+        edge.lie = lambda answer: None
+        assert snapshot(download(device, edge.url, ssl_context=knowing).path) == snapshot(offer)
 
 
 # -- going on ------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class _Install:
             num_before = len(missing)
             try:
                 for chunk in self._checked_chunks(file, run, target):
-                    missing = [other for other in missing if other != chunk]
+                    missing.pop(0)  # they come in order
                     self._done.num_fetched_bytes += chunk.end - chunk.first
                     self._tell()
             except (UpstreamError, UnavailableError) as error:
