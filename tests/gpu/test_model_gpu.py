@@ -183,7 +183,7 @@ def _load(settings: dict[str, Any], **engine: Any) -> torch.nn.Module:
 
 @torch.inference_mode()
 def _logits(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(token_ids.shape[1], device=DEVICE)[None]
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     logits: torch.Tensor = model(
         input_ids=token_ids, position_ids=positions, use_cache=False, **{CONTEXT_KEYWORD: CausalContext()}
     ).logits[0]
@@ -206,18 +206,28 @@ def test_fused_model_equals_the_plain_one() -> None:
         assert fused_error < max(1.5 * plain_error, 1e-3)
 
 
-def test_fp8_model_is_near_the_plain_one() -> None:
-    """Rounding to e4m3 costs a few percent at each of eight products; a wrong scale would cost all."""
+def test_fp8_model_equals_its_reference_on_the_cpu() -> None:
+    """The same FP8 weights through the same code in torch; a value on the edge may round the other way."""
+    for family in (LLAMA_8B, QWEN3_8B):
+        model = _load(family | {"num_hidden_layers": 2}, quantization="fp8")
+        token_ids = torch.randint(0, 1000, (1, 67), device=DEVICE)
+        output = _logits(model, token_ids)
+        error = _error(output, _logits(model.cpu(), token_ids.cpu()))
+        print(f"        {family['model_type']}: {error:.3f} from the reference")
+        assert error < 0.06
+
+
+def test_fused_fp8_is_as_near_to_bf16_as_unfused_fp8() -> None:
+    """Random weights make e4m3 look bad (no token stands out); what it costs a trained model is tested there."""
     for family in (LLAMA_8B, QWEN3_8B):
         settings = family | {"num_hidden_layers": 2}
         token_ids = torch.randint(0, 1000, (1, 67), device=DEVICE)
         exact = _logits(_load(settings, fuse_layers=False), token_ids)
         fused = _logits(_load(settings, quantization="fp8"), token_ids)
         unfused = _logits(_load(settings, quantization="fp8", fuse_layers=False), token_ids)
-        errors = _error(fused, exact), _error(unfused, exact), _error(fused, unfused)
+        errors = _error(fused, exact), _error(unfused, exact)
         print(f"        {family['model_type']}: fused {errors[0]:.3f}, unfused {errors[1]:.3f} from bf16")
-        assert errors[0] < 0.15
-        assert errors[0] < 1.1 * errors[1]
+        assert errors[0] < min(0.3, 1.1 * errors[1])
 
 
 def test_fused_forward_replays_as_a_cuda_graph() -> None:
@@ -239,6 +249,17 @@ def test_fused_forward_replays_as_a_cuda_graph() -> None:
         torch.cuda.empty_cache()
 
 
+def _assert_drawn(model: Any) -> None:
+    """First and last layer hold different weights of the deviation that the config asks for, 0.02."""
+    first, last = (model.model.layers[index].mlp.down for index in (0, -1))
+    for product in (first, last):
+        weight = product.weight[:1024].float()
+        if hasattr(product, "scales"):
+            weight *= product.scales[:1024, None]
+        assert 0.0195 < float(weight.std()) < 0.0205
+    assert not torch.equal(first.weight[0].float(), last.weight[0].float())
+
+
 def _timed_load(name: str, settings: dict[str, Any], **engine: Any) -> tuple[float, float, float]:
     """Seconds, peak bytes and bytes kept of a random load."""
     torch.cuda.empty_cache()
@@ -249,6 +270,7 @@ def _timed_load(name: str, settings: dict[str, Any], **engine: Any) -> tuple[flo
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start_s
     peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    _assert_drawn(model)
     print(f"        {name}: {seconds:.2f} s, peak {peak / 1e9:.1f} GB, kept {kept / 1e9:.1f} GB", flush=True)
     del model
     torch.cuda.empty_cache()

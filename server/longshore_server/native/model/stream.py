@@ -36,6 +36,8 @@ class WeightStream:
 
     def __init__(self, places: Mapping[str, Place], device: torch.device) -> None:
         self._places = places
+        if device.type == "cuda" and device.index is None:  # a thread starts on GPU 0, whatever ours is
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         num_threads = NUM_CUDA_THREADS if device.type == "cuda" else NUM_CPU_THREADS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
@@ -97,7 +99,8 @@ class _Lane:
     """One thread's two pinned buffers and its stream."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         self._stream = torch.cuda.Stream(device)
         self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
