@@ -24,6 +24,9 @@ from annotated_types import Interval, Len, Predicate
 from longshore.errors import ConfigError, InvalidRequestError
 from longshore.wire import decode, limits
 from longshore.wire.request import Lane
+from longshore_server.native.attention.sparsity import parse_sparsity
+from longshore_server.native.errors import ConfigError as NativeConfigError
+from longshore_server.native.offload.spec import parse_kv_swap
 
 ENVIRONMENT_PREFIX = "LONGSHORE_CORE_"
 API_KEY_VARIABLE = "LONGSHORE_API_KEY"
@@ -206,6 +209,8 @@ def render(config: CoreConfig) -> str:
         value = getattr(config, item.name)
         if isinstance(value, dict):
             tables += _render_table(f"[{item.name}]", value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], str):
+            lines.append(f"{item.name} = {json.dumps(value)}")
         elif isinstance(value, tuple):
             tables += [line for row in value for line in _render_table(f"[[{item.name}]]", _masked(row))]
         else:
@@ -292,6 +297,11 @@ def _checked(config: CoreConfig) -> CoreConfig:
         )
     if config.num_kv_blocks is not None and config.kv_memory_bytes is not None:
         raise ConfigError("num_kv_blocks: give num_kv_blocks or kv_memory_bytes, not both")
+    try:
+        parse_kv_swap(config.kv_swap)
+        parse_sparsity(config.attention_sparsity)
+    except NativeConfigError as error:
+        raise ConfigError(str(error)) from None
     _check_aliases(config)
     _check_unique("keys", [key.key_sha256 for key in config.keys])
     _check_unique("edges", [edge.issuer for edge in config.edges])

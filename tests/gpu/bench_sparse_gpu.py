@@ -1,9 +1,8 @@
 """Decode attention against context, dense and sparse: PYTHONPATH=server:sdk_python:tests python3 FILE.
 
-One layer of Llama-70B's shape (8 KV heads of 128, 8 query heads each), bf16, pages of 16 tokens, the pages of
-each sequence scattered over the cache. A sparse time holds the picking of the pages.
-Dense and sparse run the same kernel: the paged Triton one where it can be had, torch's over gathered pages
-elsewhere. Results are checked against dense attention where the setting sees everything.
+One layer of Llama-70B's shape (8 KV heads of 128, 8 query heads each), bf16, pages of 16 tokens anywhere in
+the cache. A sparse time holds the picking of the pages. Dense and sparse run the same kernel: the Triton one
+on a GPU, torch's over gathered pages elsewhere. Sparse over everything is checked against dense first.
 """
 
 from __future__ import annotations
@@ -67,13 +66,7 @@ class Bench:
     def sparse(self, sparsity: Sparsity) -> torch.Tensor:
         keys, values = self.cache.keys[0], self.cache.values[0]
         slots, lens = slot_tables(self.pick(sparsity), self.rows, PAGE, keys.shape[2])
-        if self.kernel is None:
-            return attend_slots(self.query, keys, values, slots, lens, self.scale)
-        num_kv_heads = keys.shape[2]
-        grouped = self.query.view(-1, self.query.shape[1] // num_kv_heads, KEY_DIM)
-        singles = (pages.view(-1, 1, 1, KEY_DIM) for pages in (keys, values))
-        lens = lens.repeat_interleave(num_kv_heads)
-        return self.kernel(grouped, *singles, slots, lens, self.scale).view_as(self.query)
+        return attend_slots(self.query, keys, values, slots, lens, self.scale)
 
     def pick(self, sparsity: Sparsity) -> torch.Tensor:
         if sparsity.top_pages:
@@ -86,12 +79,10 @@ def paged_kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
     """The Triton decode kernel over (query, pages, pages, tables, lengths, scale), or None."""
     if device.type != "cuda":
         return None
-    try:
-        from longshore_server.native.attention.kv_cache import KVScales
-        from longshore_server.native.attention.triton_decode import decode_attention
-    except ImportError:
-        return None
-    one = torch.ones(64, device=device)
+    from longshore_server.native.attention.kv_cache import KVScales
+    from longshore_server.native.attention.triton_decode import decode_attention
+
+    one = torch.ones(64, dtype=torch.float32, device=device)
     scales = KVScales(one, one)
 
     def attend(query, keys, values, tables, lens, scale):  # type: ignore[no-untyped-def]

@@ -70,6 +70,9 @@ def test_the_quick_start_key_is_added_to_the_others(tmp_path: Path) -> None:
         ('remote_url = "http://x"', "remote_url"),
         ("max_num_seqs = 600", "max_num_batched_tokens"),
         ("num_kv_blocks = 1\nkv_memory_bytes = 1", "num_kv_blocks"),
+        ('kv_swap = ["host:32GB"]', "kv_swap: a tier is"),
+        ('kv_swap = "host:32GiB"', "kv_swap"),
+        ('attention_sparsity = "window"', "attention_sparsity: is"),
         (f'[[keys]]\ntenant = "a"\nkey_sha256 = "{KEY_SHA256}"\n' * 2, "keys: two entries are the same"),
     ],
 )
@@ -123,6 +126,15 @@ def test_printing_masks_secrets_and_reads_back_as_toml() -> None:
     assert values["keys"] == [{"tenant": "default", "key_sha256": "***", "best_lane": "standard"}]
     assert values["aliases"] == {"a b": "m"}
     assert set(values) <= set(CoreConfig.__dataclass_fields__)
+
+
+def test_tiers_for_kv_blocks_are_handed_over_and_printed() -> None:
+    tiers = ("host:1GiB", "file:/mnt/nvme/kv:2GiB")
+    environment = {"LONGSHORE_CORE_KV_SWAP": '["host:1GiB", "file:/mnt/nvme/kv:2GiB"]'}
+    config = load_config(environment=environment, flags={"model": "m", "attention_sparsity": "window=8"})
+    assert config.kv_swap == tiers and from_json(to_json(config)) == config
+    values = tomllib.loads(render(config))
+    assert (tuple(values["kv_swap"]), values["attention_sparsity"]) == (tiers, "window=8")
 
 
 def test_a_setting_from_a_flag_is_named_when_it_is_wrong() -> None:

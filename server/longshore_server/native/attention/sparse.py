@@ -235,8 +235,11 @@ def attend_slots(
     lens: torch.Tensor,  # [rows]
     scale: float,
 ) -> torch.Tensor:
-    """Dense attention over the slots, as many rows at a time as stay in a core's cache."""
+    """Dense attention over the slots: the paged kernel on a GPU, else as many rows at a time as stay in a
+    core's cache."""
     num_rows, _, key_dim = query.shape
+    if query.is_cuda:
+        return _attend_slots_by_kernel(query, key_pages, value_pages, slots, lens, scale)
     num_kv_heads = key_pages.shape[2]
     tables = slots.view(num_rows, num_kv_heads, -1)
     grouped = query.reshape(num_rows, num_kv_heads, -1, key_dim)
@@ -249,6 +252,37 @@ def attend_slots(
         mask = (columns < lens[rows, None])[:, None, None, :]
         outputs.append(scaled_dot_product_attention(grouped[rows], keys, values, attn_mask=mask, scale=scale))
     return torch.cat(outputs).reshape(num_rows, query.shape[1], value_pages.shape[3])
+
+
+def _attend_slots_by_kernel(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    slots: torch.Tensor,
+    lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Each row and KV head is a sequence of its own to the kernel, with pages of one key."""
+    from longshore_server.native.attention.kv_cache import KVScales  # triton is on GPUs only
+    from longshore_server.native.attention.triton_decode import decode_attention
+
+    num_kv_heads = key_pages.shape[2]
+    ones = torch.ones(1, dtype=torch.float32, device=query.device)
+    grouped = query.reshape(-1, query.shape[1] // num_kv_heads, query.shape[2])
+    output = query.new_empty(*grouped.shape[:2], value_pages.shape[3])
+    decode_attention(
+        grouped,
+        key_pages.view(-1, 1, 1, key_pages.shape[3]),
+        value_pages.view(-1, 1, 1, value_pages.shape[3]),
+        slots.to(torch.int32),
+        torch.arange(len(grouped), device=query.device),
+        lens.repeat_interleave(num_kv_heads, output_size=len(grouped)),
+        KVScales(ones, ones),
+        scale,
+        None,
+        output,
+    )
+    return output.view(len(query), query.shape[1], -1)
 
 
 def _gather(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
