@@ -218,7 +218,7 @@ def test_fp8_model_equals_its_reference_on_the_cpu() -> None:
 
 
 def test_fused_fp8_is_as_near_to_bf16_as_unfused_fp8() -> None:
-    """Random weights make e4m3 look bad, since no token stands out; the cost has its own test on a trained one."""
+    """Random weights make e4m3 look bad, since no token stands out; trained ones have a test of their own."""
     for family in (LLAMA_8B, QWEN3_8B):
         settings = family | {"num_hidden_layers": 2}
         token_ids = torch.randint(0, 1000, (1, 67), device=DEVICE)
