@@ -316,6 +316,7 @@ def test_files_give_the_weights_that_were_saved() -> None:
 def main() -> int:
     """Runs every test here; prints its time, or its error, and goes on."""
     failed = 0
+    print(torch.cuda.get_device_name(), torch.__version__)
     for name, test in list(globals().items()):
         if not name.startswith("test_"):
             continue
