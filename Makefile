@@ -1,9 +1,9 @@
 # Every target does its own set-up; the first one on a machine takes some minutes to install.
-.PHONY: help setup demo test clients check format fuzz clean
+.PHONY: help setup demo test clients aarch64 check format fuzz clean
 .DEFAULT_GOAL := help
 
 help:    ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' Makefile
 
 setup:   ## make .venv with the pinned packages
 	@scripts/setup
@@ -17,6 +17,10 @@ test: setup  ## the whole test suite
 clients: setup  ## node packages, Chromium and Kotlin, then the tests of other runtimes
 	@scripts/clients
 	@scripts/test tests/clients
+
+aarch64: setup  ## an emulated aarch64 Python, then the tests on it
+	@scripts/aarch64
+	@scripts/test tests/clients/test_aarch64.py
 
 check: setup  ## format, lint, import rules, types
 	@scripts/check

@@ -33,11 +33,11 @@ def need_node_packages() -> str:
     return node
 
 
-def lack(what: str) -> None:
+def lack(what: str, remedy: str = "make clients") -> None:
     """CI must run these tests; elsewhere they are skipped with the way to get what they need."""
     if os.environ.get("CI"):
-        pytest.fail(f"{what}, though CI runs scripts/clients first")
-    pytest.skip(f"{what}: run `make clients`")
+        pytest.fail(f"{what}, though CI sets it up first")
+    pytest.skip(f"{what}: run `{remedy}`")
 
 
 def run_node(script: str, job: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
-_TARGET = re.compile(r"\bmake ([a-z]+)`|^(?:\$ )?make ([a-z]+)$", re.MULTILINE)
+_TARGET = re.compile(r"\bmake ([a-z0-9]+)`|^(?:\$ )?make ([a-z0-9]+)$", re.MULTILINE)
 _PATH = re.compile(r"`((?:docs|tests|examples|scripts|sdk_python|server|edge|mobile_export)/[\w./-]*)`")
 
 
@@ -26,7 +26,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_ids)
 def test_make_targets_exist(document: Path) -> None:
-    defined = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    defined = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {name for match in _TARGET.findall(document.read_text()) for name in match if name}
     assert named <= defined
 
