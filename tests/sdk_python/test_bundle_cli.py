@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bundles import write_plain
+from longshore import bundle_cli
 from longshore.bundle_cli import register
 from longshore.errors import BundleError, BundleRollbackError, ConfigError
 from longshore.signing import PrivateKey
@@ -52,3 +53,28 @@ def test_keys_are_asked_for(tmp_path: Path) -> None:
     for wrong in ("ops", "ops=", "=x", "ops=short"):
         with pytest.raises(ConfigError):
             run("verify", tmp_path / "signed", "--trusted-key", wrong)
+
+
+def test_a_url_needs_keys_to_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_cli, "DEFAULT_TRUST", tmp_path / "trust.json")
+    url = "http://127.0.0.1:9/bundles/plain"
+    with pytest.raises(ConfigError, match="which keys to trust"):
+        run("install", url, "--store", tmp_path / "store")
+    (tmp_path / "trust.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"trust\.json"):  # the usual place counts without being named
+        run("install", url, "--store", tmp_path / "store")
+    with pytest.raises(ConfigError, match="together"):
+        run("verify", tmp_path, "--trust", tmp_path / "trust.json", "--trusted-key", "a=b")
+
+
+def test_keys_are_never_overwritten(tmp_path: Path) -> None:
+    assert run("keygen", tmp_path / "ops.key") == 0
+    before = (tmp_path / "ops.key").read_bytes()
+    with pytest.raises(ConfigError, match="there already"):
+        run("keygen", tmp_path / "ops.key")
+    (tmp_path / "ops.key.pub").unlink()
+    with pytest.raises(ConfigError, match="can't be written"):
+        run("keygen", tmp_path / "ops.key")
+    assert (tmp_path / "ops.key").read_bytes() == before
+    with pytest.raises(ConfigError, match="days"):
+        run("keygen", tmp_path / "other.key", "--days", "0")
