@@ -77,8 +77,7 @@ class EngineConfig:
             )
         if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
             raise ConfigError("num_kv_blocks", "give num_kv_blocks or kv_memory_bytes, not both")
-        if parse_kv_swap(self.kv_swap) and self.num_ranks > 1:
-            raise ConfigError("kv_swap", "is not available with several ranks")
+        parse_kv_swap(self.kv_swap)
         if parse_sparsity(self.attention_sparsity) is not None and self.batch_invariant:
             raise ConfigError("batch_invariant", "cannot be had with attention_sparsity")
         if self.batch_invariant and not self.may_be_batch_invariant:
