@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 64
 MAX_DECODE_STEPS = 64
+LEAST_GAIN = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,24 @@ def measure(session: DecoderSession, budget_s: float) -> tuple[float, float]:
     num_steps = min(MAX_DECODE_STEPS, session.max_tokens - num_prompt)
     decode_s = _median_s(lambda step: session.forward([0], num_prompt + step), budget_s / 2, num_steps)
     return num_prompt / prefill_s, 1 / decode_s
+
+
+def choose_threads(
+    open_session: Callable[[int], DecoderSession], budget_s: float, num_cores: int
+) -> DecoderSession:
+    """The session with the number of threads that decodes fastest, among 1, 2, 4, ... up to the cores.
+
+    More threads must be a tenth faster to be worth their power; the first number that is not ends the search.
+    """
+    best, num_threads = open_session(1), 2
+    _, rate = measure(best, budget_s)
+    while num_threads <= num_cores:
+        tried = open_session(num_threads)
+        _, tried_rate = measure(tried, budget_s)
+        if tried_rate < LEAST_GAIN * rate:
+            break
+        best, rate, num_threads = tried, tried_rate, 2 * num_threads
+    return best
 
 
 def _median_s(run: Callable[[int], object], budget_s: float, max_runs: int) -> float:

@@ -100,7 +100,7 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     begin_s = time.perf_counter()
     import onnxruntime
 
-    from longshore.device.calibrate import measure
+    from longshore.device.calibrate import choose_threads, measure
     from longshore.device.generate import Generator
     from longshore.device.operators import refuse_unknown
     from longshore.device.session import DecoderSession
@@ -108,12 +108,15 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     from longshore.wire import KvGeometry
 
     refuse_unknown(frame["operators"])
-    session = DecoderSession(
-        Path(frame["model"]),
-        KvGeometry(**frame["kv"]),
-        frame["num_threads"],
-        Path(frame["prefill_model"]) if frame["prefill_model"] else None,
-    )
+    prefill_path = Path(frame["prefill_model"]) if frame["prefill_model"] else None
+
+    def open_session(num_threads: int) -> DecoderSession:
+        return DecoderSession(Path(frame["model"]), KvGeometry(**frame["kv"]), num_threads, prefill_path)
+
+    if frame["num_threads"]:
+        session = open_session(frame["num_threads"])
+    else:
+        session = choose_threads(open_session, frame["calibration_s"], os.cpu_count() or 1)
     load_s = time.perf_counter() - begin_s
     prefill, decode = measure(session, frame["calibration_s"])
     ready = {"load_s": load_s, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}

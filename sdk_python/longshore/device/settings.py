@@ -14,6 +14,7 @@ MIB = 1024 * 1024
 class DeviceSettings:
     """How the student runs.
 
+    `num_threads` 0 has the number measured at every start, which takes that much longer.
     `memory_limit_bytes` caps the child process's private memory (interpreter, weights, cache and work space
     together). `max_waiting` bounds the requests that wait while one is answered. `prefill_chunk_tokens` is
     how much of a prompt is computed between two looks at cancellation. `variant` names one of the bundle's
@@ -37,7 +38,7 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("num_threads", 1, 256),
+            ("num_threads", 0, 256),
             ("memory_limit_bytes", MIB, 2**50),
             ("max_waiting", 0, 10_000),
             ("prefill_chunk_tokens", 1, 65_536),

@@ -203,7 +203,7 @@ def test_the_limit_counts_what_the_process_uses(own_student: Student) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_threads", 0), ("max_waiting", -1), ("memory_limit_bytes", 5), ("cancel_grace_s", 0)],
+    [("num_threads", -1), ("max_waiting", -1), ("memory_limit_bytes", 5), ("cancel_grace_s", 0)],
 )
 def test_settings_are_bounded(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=name):

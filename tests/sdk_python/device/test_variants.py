@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longshore.device import DeviceSettings, Student
+from longshore.device import DeviceSettings, Student, calibrate
 from longshore.wire import TokenEvent, decode_completion_request
 from longshore_export.bundle import export_student
 
@@ -47,3 +47,15 @@ def test_a_graph_for_prompts_is_used_for_prompts_alone(model_dir: Path, tmp_path
     plain = export_student(model_dir, tmp_path / "plain", variant="int4-b32").path
     assert answer(with_prefill, 1) != answer(plain, 1)
     assert answer(with_prefill, 1, prefill_chunk_tokens=4) == answer(plain, 1, prefill_chunk_tokens=4)
+
+
+def test_threads_are_chosen_by_what_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {1: 100.0, 2: 180.0, 4: 190.0, 8: 900.0}
+    monkeypatch.setattr(calibrate, "measure", lambda session, _: (1.0, rates[session]))
+    choose = calibrate.choose_threads
+    assert choose(lambda num_threads: num_threads, 0.1, 8) == 2  # type: ignore[arg-type,return-value]
+    assert choose(lambda num_threads: num_threads, 0.1, 1) == 1  # type: ignore[arg-type,return-value]
+
+
+def test_a_student_can_measure_its_threads(bundle_dir: Path) -> None:
+    assert len(answer(bundle_dir, 5, num_threads=0)) == 5
