@@ -1,0 +1,159 @@
+"""The device runtime beside its peers on a random 32 M Llama: one thread, prompt 256, decode 128.
+
+    python scripts/bench_device.py --peers PYTHON [--genai-model FOLDER] [--repeats 9] [--work FOLDER]
+
+`--peers` is a Python that has llama-cpp-python, gguf, safetensors and, for its rows, onnxruntime-genai. All
+engines stay loaded and take turns, so that a disturbance hits them alike; medians of CPU time are compared.
+A genai model is made beforehand by `python -m onnxruntime_genai.models.builder -p int4 -e cpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCAB, MAX_TOKENS, NUM_PROMPT, NUM_DECODE = 8192, 512, 256, 128
+KV = {"num_layers": 8, "num_kv_heads": 2, "head_dim": 64, "max_tokens": MAX_TOKENS}
+SCRIPTS = Path(__file__).parent
+OURS = ("int4-b64", "int4-b64-p8", "int4-b128-p8", "int8")
+
+
+@dataclass
+class Engine:
+    """A worker process and what it has measured, [prefill, decode] tokens per second of CPU."""
+
+    name: str
+    process: subprocess.Popen[str]
+    size_bytes: int
+    rates: list[tuple[float, float]]
+    prompt_walls_s: list[float]
+
+    def run(self, prompt: list[int]) -> None:
+        job = json.dumps({"prompt": prompt, "num_decode": NUM_DECODE})
+        assert self.process.stdin and self.process.stdout
+        print(job, file=self.process.stdin, flush=True)
+        told = json.loads(self.process.stdout.readline())
+        self.prompt_walls_s.append(told["prefill"]["wall_s"])
+        self.rates.append((len(prompt) / told["prefill"]["cpu_s"], NUM_DECODE / told["decode"]["cpu_s"]))
+
+
+def make_model(folder: Path) -> None:
+    """The 32 M Llama of the benchmark, drawn from a fixed seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shop = SCRIPTS.parent / "examples/shop/tokenizer"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((shop / name).read_bytes())
+
+
+def start(name: str, python: str, kind: str, path: Path, options: dict[str, Any], size: int) -> Engine:
+    words = [python, str(SCRIPTS / "bench_device_worker.py"), kind, str(path), json.dumps(options)]
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    return Engine(name, process, size, [], [])
+
+
+def our_engines(model: Path, work: Path) -> list[Engine]:
+    from longshore_export.checkpoint import load_checkpoint
+    from longshore_export.variant import build_variant
+
+    checkpoint, out = load_checkpoint(model), []
+    for name in OURS:
+        built = build_variant(checkpoint, name, work / f"{name}.onnx")
+        options = {"kv": KV, "prefill": str(built.prefill_file) if built.prefill_file else None}
+        engine = start(
+            f"longshore {name}", sys.executable, "longshore", built.file, options, built.size_bytes
+        )
+        out.append(engine)
+    return out
+
+
+def peer_engines(peers: str, model: Path, work: Path, genai_model: Path | None) -> list[Engine]:
+    out = []
+    options = {"vocab_size": VOCAB, "max_tokens": MAX_TOKENS}
+    for form in ("Q4_0", "Q8_0"):
+        file = work / f"{form}.gguf"
+        if not file.exists():
+            maker = SCRIPTS / "bench_device_gguf.py"
+            subprocess.run([peers, str(maker), str(model), form, str(file)], check=True)
+        out.append(start(f"llama.cpp {form}", peers, "llama", file, options, file.stat().st_size))
+    if genai_model:
+        size = sum(path.stat().st_size for path in genai_model.glob("model.onnx*"))
+        out.append(start("onnxruntime-genai int4", peers, "genai", genai_model, options, size))
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    out.append(start("torch eager fp32", sys.executable, "torch", model, options, size))
+    return out
+
+
+def report(engines: list[Engine]) -> None:
+    by_name = {
+        engine.name: [statistics.median(side) for side in zip(*engine.rates, strict=True)]
+        for engine in engines
+    }
+    base = by_name["llama.cpp Q4_0"]
+    print(
+        f"{'engine':<26}{'MB':>7}{'prefill/s':>11}{'decode/s':>10}"
+        f"{'x Q4_0':>8}{'x Q4_0':>8}{'first token':>13}"
+    )
+    for engine in engines:
+        prefill, decode = by_name[engine.name]
+        print(
+            f"{engine.name:<26}{engine.size_bytes / 1e6:>7.1f}{prefill:>11.0f}{decode:>10.0f}"
+            f"{prefill / base[0]:>8.2f}{decode / base[1]:>8.2f}{min(engine.prompt_walls_s) * 1e3:>10.0f} ms"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", required=True, help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--genai-model", type=Path)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
+    model = args.work / "llama32m"
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (model / "config.json").exists():
+        model.mkdir()
+        make_model(model)
+    engines = our_engines(model, args.work) + peer_engines(args.peers, model, args.work, args.genai_model)
+    prompt = [(7 * number + 3) % VOCAB for number in range(NUM_PROMPT)]
+    try:
+        for repeat in range(args.repeats + 1):
+            for engine in engines:
+                engine.run(prompt)
+                if repeat == 0:  # the first run allocates
+                    engine.rates.clear()
+        report(engines)
+    finally:
+        for engine in engines:
+            engine.process.kill()
+            engine.process.wait()
+
+
+if __name__ == "__main__":
+    main()
