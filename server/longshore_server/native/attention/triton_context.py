@@ -1,0 +1,167 @@
+"""One step's attention on a GPU: which tokens go where, and the kernels that serve its decodes and prefills.
+
+Its tensors are on the device already; it copies nothing from the host, so a captured graph can hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.layout import BatchLayout, Span
+from longshore_server.native.attention.triton_decode import decode_attention
+from longshore_server.native.attention.triton_extend import ExtendSpans, extend_attention, tile_rows
+from longshore_server.native.attention.triton_write import write_kv
+
+# From this many rows on, a prompt with no cached prefix goes to torch's flash attention, which is faster.
+MIN_FLASH_ROWS = 512
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+MAX_FLASH_DIM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepTables:
+    """A step's rows over the cache: `num_decodes` single rows first, then the rows of prefill chunks."""
+
+    slots: torch.Tensor  # [rows] int64: place of each row's token, negative for none
+    block_tables: torch.Tensor  # [table rows, blocks] int32
+    num_decodes: int
+    decode_table_rows: torch.Tensor  # [num_decodes] int64
+    decode_context_lens: torch.Tensor  # [num_decodes] int64
+    spans: ExtendSpans | None = None  # the prefill chunks
+    fresh: tuple[slice, ...] = ()  # rows of long prompts that are whole here, so they need no pages
+    spans_beside_fresh: ExtendSpans | None = None
+
+
+class TritonContext:
+    """An attention context over a PagedKVCache for one step, in Triton kernels."""
+
+    def __init__(self, cache: PagedKVCache, tables: StepTables) -> None:
+        self.cache = cache
+        self.tables = tables
+
+    def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
+        """Nothing to check: the probe has seen this model's arguments."""
+
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Writes the rows' keys and values, then attends; shapes as in AttentionContext."""
+        cache, scales = self.cache, self.cache.scales[layer_index]
+        write_kv(key, value, cache.keys[layer_index], cache.values[layer_index], self.tables.slots, scales)
+        return self.attend_written(layer_index, query, key, value, scale, window)
+
+    def attend_written(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attends rows whose keys and values a fused kernel has put into `tables.slots` already."""
+        cache, tables = self.cache, self.tables
+        pages = (cache.keys[layer_index], cache.values[layer_index], tables.block_tables)
+        scales = cache.scales[layer_index]
+        output = query.new_empty(*query.shape[:2], value.shape[2])
+        if num := tables.num_decodes:
+            lens = tables.decode_context_lens
+            rows = tables.decode_table_rows
+            decode_attention(query[:num], *pages, rows, lens, scales, scale, window, output[:num])
+        fresh = tables.fresh if window is None else ()
+        spans = tables.spans_beside_fresh if fresh else tables.spans
+        if spans is not None:
+            extend_attention(query, *pages, spans, scales, scale, window, output)
+        for prompt in fresh:
+            output[prompt] = _flash(query[prompt], key[prompt], value[prompt], scale)
+        return output
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            is_causal=True,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return output[0].transpose(0, 1)
+
+
+def may_flash(cache: PagedKVCache, model_dtype: torch.dtype) -> bool:
+    """Whether whole prompts of this cache's shape may go to flash attention."""
+    dims = {pages.shape[3] for pages in (*cache.keys, *cache.values)}
+    is_even = len(dims) == 1 and max(dims) <= MAX_FLASH_DIM
+    return is_even and model_dtype in FLASH_DTYPES and cache.device.type == "cuda"
+
+
+def cut_tiles(num_rows: list[int], rows_per_tile: int) -> tuple[list[int], list[int]]:
+    """The span and first row of each tile; late tiles see the most context and come first."""
+    tiles = [(span, offset) for span, rows in enumerate(num_rows) for offset in range(0, rows, rows_per_tile)]
+    tiles.sort(key=lambda tile: -tile[1])
+    return [span for span, _ in tiles], [offset for _, offset in tiles]
+
+
+def cache_tile_rows(cache: PagedKVCache, dtype: torch.dtype) -> int:
+    """Query rows per prefill tile over all layers of this cache."""
+    return min(
+        tile_rows(max(keys.shape[3], values.shape[3]), dtype)
+        for keys, values in zip(cache.keys, cache.values, strict=True)
+    )
+
+
+def make_context(cache: PagedKVCache, layout: BatchLayout) -> TritonContext:
+    """A context from a plain layout, with block tables of its own: for tests and for steps one by one."""
+    spans = [*layout.decodes, *layout.prefills]
+    width = max(len(span.block_table) for span in spans)
+
+    def tensor(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=cache.device)
+
+    block_tables = torch.tensor(
+        [list(s.block_table) + [0] * (width - len(s.block_table)) for s in spans],
+        dtype=torch.int32,
+        device=cache.device,
+    )
+    num_decodes = len(layout.decodes)
+    return TritonContext(
+        cache,
+        StepTables(
+            slots=tensor(layout.slots()),
+            block_tables=block_tables,
+            num_decodes=num_decodes,
+            decode_table_rows=tensor(list(range(num_decodes))),
+            decode_context_lens=tensor([span.context_len for span in layout.decodes]),
+            spans=_extend_spans(layout.prefills, num_decodes, cache, tensor) if layout.prefills else None,
+        ),
+    )
+
+
+def _extend_spans(
+    prefills: list[Span], first_table_row: int, cache: PagedKVCache, tensor: Any
+) -> ExtendSpans:
+    tile_spans, tile_offsets = cut_tiles(
+        [span.num_rows for span in prefills], cache_tile_rows(cache, cache.dtype)
+    )
+    return ExtendSpans(
+        first_rows=tensor([span.first_row for span in prefills]),
+        num_rows=tensor([span.num_rows for span in prefills]),
+        context_lens=tensor([span.context_len for span in prefills]),
+        table_rows=tensor([first_table_row + index for index in range(len(prefills))]),
+        tile_spans=tensor(tile_spans),
+        tile_offsets=tensor(tile_offsets),
+    )

@@ -1,0 +1,218 @@
+"""Decode attention over pages: one query row per sequence, its context cut into a fixed number of splits.
+
+The query heads of one KV head are rows of one tensor-core tile, so each key is read once. The split count
+depends on shapes alone, so a captured launch fits every context length (flash-decoding, Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from longshore_server.native.attention.kv_cache import KVScales
+
+LOG2_E = 1.4426950408889634
+MIN_DOT_ROWS = 16  # a tensor-core tile's least height
+# Enough programs to fill a GPU of this many multiprocessors a few times over.
+NUM_PROGRAMS_WANTED = 4 * 132
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _decode_kernel(
+    query,
+    key_pages,
+    value_pages,
+    tables,
+    table_rows,
+    context_lens,
+    key_scales,
+    value_scales,
+    output,
+    partial_output,
+    partial_lse,
+    scale,
+    window,
+    table_stride,
+    query_stride_row,
+    query_stride_head,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    context = tl.load(context_lens + row).to(tl.int32)
+    table = tables + tl.load(table_rows + row).to(tl.int64) * table_stride
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(context - window, 0)
+    first_tile = first // BLOCK_TOKENS
+    end_tile = tl.cdiv(context, BLOCK_TOKENS)
+    tiles_per_split = tl.cdiv(end_tile - first_tile, NUM_SPLITS)
+    low = first_tile + split * tiles_per_split
+    high = tl.minimum(low + tiles_per_split, end_tile)
+
+    groups = tl.arange(0, BLOCK_GROUP)
+    key_dims = tl.arange(0, BLOCK_KEY)
+    value_dims = tl.arange(0, BLOCK_VALUE)
+    heads = kv_head * GROUP + groups
+    query_offsets = heads[:, None] * query_stride_head + key_dims[None, :]
+    query_mask = (groups[:, None] < GROUP) & (key_dims[None, :] < KEY_DIM)
+    q = tl.load(query + row.to(tl.int64) * query_stride_row + query_offsets, mask=query_mask, other=0.0)
+    if IS_FP8:
+        scale *= tl.load(key_scales + kv_head)
+
+    best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    summed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
+    for tile in range(low, high):
+        tokens = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        visible = (tokens >= first) & (tokens < context)
+        page = tl.load(table + tokens // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
+        slot = page * BLOCK_SIZE + tokens % BLOCK_SIZE
+        key_offsets = (slot * NUM_KV_HEADS + kv_head)[None, :] * KEY_DIM + key_dims[:, None]
+        key_mask = visible[None, :] & (key_dims[:, None] < KEY_DIM)
+        k = tl.load(key_pages + key_offsets, mask=key_mask, other=0.0).to(q.dtype)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))  # finite: each tile has a visible token
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, 1)
+        value_offsets = (slot * NUM_KV_HEADS + kv_head)[:, None] * VALUE_DIM + value_dims[None, :]
+        value_mask = visible[:, None] & (value_dims[None, :] < VALUE_DIM)
+        v = tl.load(value_pages + value_offsets, mask=value_mask, other=0.0).to(q.dtype)
+        summed = summed * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision=PRECISION)
+        best = new_best
+
+    divisor = tl.where(total > 0, total, 1.0)
+    result = summed / divisor[:, None]
+    if IS_FP8:
+        result *= tl.load(value_scales + kv_head)
+    head_index = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+    out_mask = (groups[:, None] < GROUP) & (value_dims[None, :] < VALUE_DIM)
+    if NUM_SPLITS == 1:
+        places = output + head_index[:, None] * VALUE_DIM + value_dims[None, :]
+        tl.store(places, result.to(output.dtype.element_ty), mask=out_mask)
+    else:
+        lse = tl.where(total > 0, best + tl.log2(divisor), float("-inf"))
+        part_index = head_index * NUM_SPLITS + split
+        tl.store(partial_lse + part_index, lse, mask=groups < GROUP)
+        if low < high:
+            places = partial_output + part_index[:, None] * VALUE_DIM + value_dims[None, :]
+            tl.store(places, result, mask=out_mask)
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_output,
+    partial_lse,
+    output,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, NUM_SPLITS)
+    dims = tl.arange(0, BLOCK_VALUE)
+    lse = tl.load(partial_lse + head * NUM_SPLITS + splits)
+    best = tl.max(lse, 0)
+    weights = tl.where(lse > float("-inf"), tl.exp2(lse - best), 0.0)
+    total = tl.sum(weights, 0)
+    weights = weights / tl.where(total > 0, total, 1.0)
+    parts = partial_output + (head * NUM_SPLITS + splits)[:, None] * VALUE_DIM + dims[None, :]
+    mask = (weights > 0)[:, None] & (dims[None, :] < VALUE_DIM)  # what no split wrote is not read
+    values = tl.load(parts, mask=mask, other=0.0)
+    result = tl.sum(values * weights[:, None], 0)
+    places = output + head * VALUE_DIM + dims
+    tl.store(places, result.to(output.dtype.element_ty), mask=dims < VALUE_DIM)
+
+
+def split_count(num_rows: int, num_kv_heads: int) -> int:
+    """Into how many parts, a power of two, a context is cut: fewer as the batch fills the GPU by itself."""
+    wanted = -(-NUM_PROGRAMS_WANTED // (num_rows * num_kv_heads))
+    return min(MAX_SPLITS, triton.next_power_of_2(wanted))
+
+
+def decode_attention(
+    query: torch.Tensor,  # [rows, num_heads, key_dim]
+    key_pages: torch.Tensor,  # [blocks, block_size, num_kv_heads, key_dim]
+    value_pages: torch.Tensor,  # [blocks, block_size, num_kv_heads, value_dim]
+    tables: torch.Tensor,  # [table rows, blocks] int32
+    table_rows: torch.Tensor,  # [rows] int64: each query row's row of `tables`
+    context_lens: torch.Tensor,  # [rows] int64; 0 gives zeros
+    scales: KVScales,
+    scale: float,
+    window: int | None,
+    output: torch.Tensor,  # [rows, num_heads, value_dim], contiguous
+) -> None:
+    """Attends the last token of each context to the tokens that its table names; fills `output`."""
+    num_rows, num_heads, key_dim = query.shape
+    _, block_size, num_kv_heads, value_dim = value_pages.shape
+    num_splits = split_count(num_rows, num_kv_heads)
+    rows = query if query.stride(2) == 1 else query.contiguous()
+    if num_splits == 1:
+        parts, lse = output, output
+    else:
+        parts = torch.empty(
+            num_rows, num_heads, num_splits, value_dim, dtype=torch.float32, device=query.device
+        )
+        lse = torch.empty(num_rows, num_heads, num_splits, dtype=torch.float32, device=query.device)
+    is_wide = max(key_dim, value_dim) > 128 or query.dtype == torch.float32
+    group = num_heads // num_kv_heads
+    _decode_kernel[(num_rows, num_kv_heads, num_splits)](
+        rows,
+        key_pages,
+        value_pages,
+        tables,
+        table_rows,
+        context_lens,
+        scales.key,
+        scales.value,
+        output,
+        parts,
+        lse,
+        scale * LOG2_E,
+        window or 0,
+        tables.stride(0),
+        rows.stride(0),
+        rows.stride(1),
+        BLOCK_SIZE=block_size,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        BLOCK_GROUP=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        KEY_DIM=key_dim,
+        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
+        VALUE_DIM=value_dim,
+        BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_TOKENS=32 if is_wide else 64,
+        NUM_SPLITS=num_splits,
+        HAS_WINDOW=window is not None,
+        IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=2 if is_wide else 3,
+    )
+    if num_splits > 1:
+        _reduce_kernel[(num_rows * num_heads,)](
+            parts,
+            lse,
+            output,
+            VALUE_DIM=value_dim,
+            BLOCK_VALUE=triton.next_power_of_2(value_dim),
+            NUM_SPLITS=num_splits,
+            num_warps=4,
+        )

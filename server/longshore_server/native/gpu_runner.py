@@ -1,0 +1,270 @@
+"""Steps on a GPU: launched without waiting, tokens left there for the next step, decodes as CUDA graphs.
+
+The host reads a step's tokens after it has launched the next one. It schedules nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD
+from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.triton_context import (
+    MIN_FLASH_ROWS,
+    StepTables,
+    TritonContext,
+    cache_tile_rows,
+    cut_tiles,
+    may_flash,
+)
+from longshore_server.native.attention.triton_extend import ExtendSpans
+from longshore_server.native.graphs import DecodeGraphs, bucket_of
+from longshore_server.native.sampler import SampledToken, sample
+from longshore_server.native.scheduler import Chunk
+from longshore_server.native.seats import Seats, TableUpdates
+from longshore_server.native.sequence import Sequence
+from longshore_server.native.step_inputs import (
+    Packer,
+    context_len,
+    noise_keys,
+    slots,
+    temperature_bits,
+    token_ids,
+)
+from longshore_server.native.triton_sampling import sample_rows
+
+NO_SLOT = -1
+NOT_FINITE = "the model's logits are not finite"
+SPAN_FIELDS = ("first_rows", "num_rows", "context_lens", "table_rows", "tile_spans", "tile_offsets")
+
+Results = list[SampledToken | None]
+
+
+class GpuRunner:
+    """Runs a model over a paged KV cache with Triton attention; launch() returns before the GPU is done."""
+
+    overlaps = True
+
+    def __init__(
+        self, model: PreTrainedModel, cache: PagedKVCache, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = cache.device
+        self._is_cuda = cache.device.type == "cuda"
+        self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
+        self._may_flash = may_flash(cache, model.dtype)
+        self._tile_rows = cache_tile_rows(cache, model.dtype)
+        self._graphs = DecodeGraphs(self._decode_forward, cache.device)
+
+    def clear_blocks(self, blocks: SequenceOf[int]) -> None:
+        """Nothing: the kernels never read past a context, so what another owner left does not matter."""
+
+    @torch.inference_mode()
+    def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], Results]:
+        """Starts a step; the callable waits for its results, in the chunks' order."""
+        order = sorted(range(len(chunks)), key=lambda index: chunks[index].num_tokens > 1)
+        ordered = [chunks[index] for index in order]
+        try:
+            sampled = self._run(ordered)
+        except Exception:
+            self._seats.rewrite_all()
+            raise
+
+        def read() -> Results:
+            results: Results = [None] * len(chunks)
+            tokens = iter(sampled())
+            for index, chunk in zip(order, ordered, strict=True):
+                if chunk.samples:
+                    results[index] = next(tokens)
+            return results
+
+        return read
+
+    def _run(self, chunks: list[Chunk]) -> Callable[[], list[SampledToken]]:
+        updates = TableUpdates()
+        seats = [self._seats.place(chunk.sequence, updates) for chunk in chunks]
+        self._upload(updates)
+        bucket = bucket_of(len(chunks))
+        if bucket is not None and all(c.num_tokens == 1 and c.samples for c in chunks):
+            logits, sampled = self._graphs.run(self._pack_decode(chunks, seats, bucket), bucket)
+        else:
+            logits, sampled = self._mixed_forward(chunks, seats)
+        pairs = [(chunk.sequence, seat) for chunk, seat in zip(chunks, seats, strict=True) if chunk.samples]
+        return self._collect(logits, sampled, pairs)
+
+    def _upload(self, updates: TableUpdates) -> None:
+        if updates.places:
+            both = torch.tensor([updates.places, updates.blocks], pin_memory=self._is_cuda)
+            places, blocks = both.to(self.device, non_blocking=True)
+            self._seats.block_tables.view(-1).index_copy_(0, places, blocks.to(torch.int32))
+
+    # --- decode steps ---
+
+    def _pack_decode(self, chunks: list[Chunk], seats: list[int], bucket: int) -> torch.Tensor:
+        """[8 * bucket] in the order that _decode_forward reads; padding rows have no slot and no context."""
+        size = self.cache.block_size
+        num_rows = len(chunks)
+        sequences = [chunk.sequence for chunk in chunks]
+        lens = np.array([context_len(chunk) for chunk in chunks])
+        tables = [s.block_table[s.num_computed_tokens // size] for s in sequences]
+        host = torch.zeros(8, bucket, dtype=torch.int64, pin_memory=self._is_cuda)
+        rows = host.numpy()
+        rows[0, :] = self._seats.spare
+        rows[0, :num_rows] = seats
+        rows[1, :num_rows] = [token_ids(chunk)[0] for chunk in chunks]
+        rows[2, :num_rows] = lens - 1
+        rows[3, :] = NO_SLOT
+        rows[3, :num_rows] = np.array(tables) * size + (lens - 1) % size
+        rows[4, :num_rows] = lens
+        rows[5, :num_rows] = temperature_bits(sequences)
+        rows[6:].reshape(-1)[: 2 * num_rows] = noise_keys(sequences)
+        return host.view(-1)
+
+    def _decode_forward(self, inputs: torch.Tensor, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token of each row: logits [bucket, vocab], tokens [bucket]. It can be captured."""
+        rows = inputs.view(8, bucket)
+        seats, tokens, positions, row_slots, lens = rows[:5]
+        known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
+        tables = StepTables(row_slots, self._seats.block_tables, bucket, seats, lens)
+        logits = self._logits(known, positions, 0, tables)
+        sampled = torch.empty_like(seats)
+        temperatures = rows[5].view(torch.float64)
+        keys = rows[6:].reshape(bucket, 2)
+        sample_rows(logits, temperatures, keys, seats, self._seats.last_tokens, sampled)
+        return logits, sampled
+
+    # --- steps with prefill ---
+
+    def _mixed_forward(self, chunks: list[Chunk], seats: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        packer = Packer()
+        num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
+        last_rows = [end - 1 for end in accumulate(chunk.num_tokens for chunk in chunks)]
+        samples = [index for index, chunk in enumerate(chunks) if chunk.samples]
+        sequences = [chunks[index].sequence for index in samples]
+        packer.add("tokens", np.concatenate([token_ids(chunk) for chunk in chunks]))
+        packer.add(
+            "positions",
+            np.concatenate([np.arange(context_len(c) - c.num_tokens, context_len(c)) for c in chunks]),
+        )
+        packer.add("token_seats", np.repeat(seats, [chunk.num_tokens for chunk in chunks]))
+        packer.add("slots", np.concatenate([slots(chunk, self.cache.block_size) for chunk in chunks]))
+        packer.add("lens", [context_len(chunk) for chunk in chunks])
+        packer.add("seats", seats)
+        packer.add("sample_rows", [last_rows[index] for index in samples] or last_rows[:1])
+        packer.add("sample_seats", [seats[index] for index in samples])
+        packer.add("temperatures", temperature_bits(sequences))
+        packer.add("keys", noise_keys(sequences))
+        fresh = self._pack_spans(packer, chunks, seats, num_decodes, last_rows)
+        inputs = packer.packed(self._is_cuda).to(self.device, non_blocking=True)
+
+        def of(name: str) -> torch.Tensor:
+            return packer.field(inputs, name)
+
+        tables = StepTables(
+            of("slots"),
+            self._seats.block_tables,
+            num_decodes,
+            of("seats")[:num_decodes],
+            of("lens")[:num_decodes],
+            _spans(of, "all") if num_decodes < len(chunks) else None,
+            tuple(slice(last_rows[i] + 1 - chunks[i].num_tokens, last_rows[i] + 1) for i in fresh),
+            _spans(of, "paged") if fresh and len(fresh) < len(chunks) - num_decodes else None,
+        )
+        known = torch.where(of("tokens") >= 0, of("tokens"), self._seats.last_tokens[of("token_seats")])
+        logits = self._logits(known, of("positions"), of("sample_rows"), tables)
+        sampled = torch.empty(len(samples), dtype=torch.int64, device=self.device)
+        if samples:
+            temperatures = of("temperatures").view(torch.float64)
+            keys = of("keys").view(-1, 2)
+            sample_rows(logits, temperatures, keys, of("sample_seats"), self._seats.last_tokens, sampled)
+        return logits, sampled
+
+    def _pack_spans(
+        self,
+        packer: Packer,
+        chunks: list[Chunk],
+        seats: list[int],
+        num_decodes: int,
+        last_rows: list[int],
+    ) -> list[int]:
+        """Packs the prefill chunks, and those that are not fresh; which chunks are fresh."""
+        prefills = list(range(num_decodes, len(chunks)))
+        fresh = [index for index in prefills if self._is_fresh(chunks[index])]
+        groups = {"all": prefills, "paged": [index for index in prefills if index not in fresh]}
+        for name, group in groups.items():
+            num_rows = [chunks[index].num_tokens for index in group]
+            tile_spans, tile_offsets = cut_tiles(num_rows, self._tile_rows)
+            columns = (
+                [last_rows[index] + 1 - chunks[index].num_tokens for index in group],
+                num_rows,
+                [context_len(chunks[index]) for index in group],
+                [seats[index] for index in group],
+                tile_spans,
+                tile_offsets,
+            )
+            for field, values in zip(SPAN_FIELDS, columns, strict=True):
+                packer.add(f"{name}.{field}", values)
+        return fresh
+
+    def _is_fresh(self, chunk: Chunk) -> bool:
+        is_whole = chunk.sequence.num_computed_tokens == 0
+        return self._may_flash and is_whole and chunk.num_tokens >= MIN_FLASH_ROWS
+
+    # --- both ---
+
+    def _logits(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor | int,  # 0 for all
+        tables: StepTables,
+    ) -> torch.Tensor:
+        output = self.model(
+            input_ids=tokens[None],  # [1, tokens]
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=rows,
+            **{CONTEXT_KEYWORD: TritonContext(self.cache, tables)},
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _collect(
+        self, logits: torch.Tensor, sampled: torch.Tensor, pairs: list[tuple[Sequence, int]]
+    ) -> Callable[[], list[SampledToken]]:
+        """Starts the way back of the tokens; rows that need more than a plain draw are sampled at once."""
+        special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_plain]
+        redrawn = sample(logits[special], [pairs[row][0] for row in special]) if special else []
+        if redrawn:
+            last = torch.tensor([token.token_id for token in redrawn], device=self.device)
+            places = torch.tensor([pairs[row][1] for row in special], device=self.device)
+            self._seats.last_tokens[places] = last
+        host = torch.empty(len(pairs), dtype=torch.int64, pin_memory=self._is_cuda)
+        host.copy_(sampled[: len(pairs)], non_blocking=True)
+        done = torch.cuda.Event() if self._is_cuda else None
+        if done is not None:
+            done.record()
+
+        def read() -> list[SampledToken]:
+            if done is not None:
+                done.synchronize()
+            tokens = [_token(token_id) for token_id in host.tolist()]
+            for row, token in zip(special, redrawn, strict=True):
+                tokens[row] = token
+            return tokens
+
+        return read
+
+
+def _token(token_id: int) -> SampledToken:
+    return SampledToken(token_id) if token_id >= 0 else SampledToken(0, error=NOT_FINITE)
+
+
+def _spans(of: Callable[[str], torch.Tensor], group: str) -> ExtendSpans:
+    return ExtendSpans(*(of(f"{group}.{field}") for field in SPAN_FIELDS))

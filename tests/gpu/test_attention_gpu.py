@@ -1,0 +1,115 @@
+"""Paged attention's kernels on a GPU against dense attention in float32, at production head sizes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
+from longshore_server.native.attention.layout import BatchLayout, Span
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BLOCK_SIZE = 16
+HEADS = [(32, 8, 128), (64, 8, 128), (16, 16, 128), (32, 8, 64), (8, 1, 80)]
+# (rows, context): decodes first
+SHAPES = {
+    "one": [(1, 1)],
+    "decodes": [(1, 1), (1, 16), (1, 17), (1, 333), (1, 1025), (1, 4096)],
+    "many": [(1, 100 + 7 * index) for index in range(96)],
+    "fresh": [(700, 700)],
+    "mixed": [(1, 3), (1, 2000), (7, 7), (100, 1100), (129, 130), (513, 900)],
+}
+
+
+def _batch(shape, num_kv_heads: int, dim: int, dtype: torch.dtype):
+    """A cache that holds each sequence's earlier tokens among leavings, and the rows to come."""
+    num_blocks = sum(-(-context // BLOCK_SIZE) for _, context in shape) + 8
+    device = torch.device("cuda")
+    cache = PagedKVCache([LayerGeometry(num_kv_heads, dim, dim)], num_blocks, BLOCK_SIZE, dtype, device)
+    for pages in (cache.keys[0], cache.values[0]):
+        pages.copy_(torch.full(pages.shape, float("nan"), device=device).to(dtype))
+    free = list(range(num_blocks))
+    random.shuffle(free)
+    spans, first_row = [], 0
+    for rows, context in shape:
+        table = [free.pop() for _ in range(-(-context // BLOCK_SIZE))]
+        spans.append(Span(first_row, rows, context, table, 0))
+        first_row += rows
+    return cache, spans
+
+
+def _dense(query, keys, values, scale: float, window: int | None) -> torch.Tensor:
+    rows, context = query.shape[0], keys.shape[0]
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (each.float().repeat_interleave(group, 1) for each in (keys, values))
+    scores = torch.einsum("rhd,chd->hrc", query.float(), keys) * scale
+    ends = torch.arange(context - rows, context, device="cuda")[:, None]
+    columns = torch.arange(context, device="cuda")
+    hidden = columns > ends
+    if window is not None:
+        hidden |= columns <= ends - window
+    return torch.einsum("hrc,chd->rhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_equals_dense_attention(shape, heads, window, is_fp8) -> None:
+    from longshore_server.native.attention.triton_context import make_context
+
+    num_heads, num_kv_heads, dim = heads
+    dtype = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
+    cache, spans = _batch(SHAPES[shape], num_kv_heads, dim, dtype)
+    if is_fp8:
+        cache.scales[0].key.uniform_(0.01, 0.05)
+        cache.scales[0].value.uniform_(0.01, 0.05)
+    sequences, rows = [], []
+    for span in spans:
+        keys, values = (
+            torch.randn(span.context_len, num_kv_heads, dim, device="cuda").bfloat16() for _ in range(2)
+        )
+        stored = [
+            _stored(each, scale, is_fp8)
+            for each, scale in ((keys, cache.scales[0].key), (values, cache.scales[0].value))
+        ]
+        table = torch.tensor(span.block_table, device="cuda")
+        earlier = torch.arange(span.context_len - span.num_rows, device="cuda")
+        for pages, each in zip((cache.keys[0], cache.values[0]), stored, strict=True):
+            width = pages[0, 0, 0].nbytes
+            raw = pages.view(torch.uint8).view(*pages.shape[:-1], width)
+            wanted = each.contiguous().view(torch.uint8).view(-1, num_kv_heads, width)
+            raw[table[earlier // BLOCK_SIZE], earlier % BLOCK_SIZE] = wanted[: len(earlier)]
+        query = torch.randn(span.num_rows, num_heads, dim, device="cuda").bfloat16()
+        sequences.append((query, *stored))
+        rows.append((query, keys[-span.num_rows :], values[-span.num_rows :]))
+    decodes = [span for span in spans if span.num_rows == 1]
+    layout = BatchLayout(decodes, spans[len(decodes) :], BLOCK_SIZE)
+    columns = [torch.cat(each) for each in zip(*rows, strict=True)]
+    output = make_context(cache, layout).attend(0, *columns, dim**-0.5, window)
+    expected = torch.cat(
+        [
+            _dense(
+                query,
+                keys.float() * (cache.scales[0].key[:, None] if is_fp8 else 1.0),
+                values.float() * (cache.scales[0].value[:, None] if is_fp8 else 1.0),
+                dim**-0.5,
+                window,
+            )
+            for query, keys, values in sequences
+        ]
+    )
+    error = (output.float() - expected).norm() / expected.norm()
+    assert error < 1e-2, error
+
+
+def _stored(values: torch.Tensor, scales: torch.Tensor, is_fp8: bool) -> torch.Tensor:
+    if not is_fp8:
+        return values
+    return (values.float() / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)

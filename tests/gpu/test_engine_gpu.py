@@ -1,0 +1,152 @@
+"""The engine on a GPU: tokens of transformers, mixed batches, graphs, sampling, and clean books."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "initializer_range": 0.05,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(tempfile.mkdtemp())
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def _engine(folder: Path, **settings: Any) -> NativeEngine:
+    defaults = {"device": "cuda", "max_num_seqs": 32, "num_kv_blocks": 4000, "max_model_len": 2048}
+    return NativeEngine(EngineConfig(model=str(folder), **{**defaults, **settings}))
+
+
+def _prompts(*lengths: int) -> list[list[int]]:
+    chosen = random.Random(5)
+    return [[chosen.randrange(3, CONFIG["vocab_size"]) for _ in range(length)] for length in lengths]
+
+
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
+    """Teacher-forced: each token is the model's likeliest, or one that bf16 cannot tell from it."""
+    from transformers import AutoModelForCausalLM
+
+    prompts = _prompts(1, 5, 17, 130, 700)
+    engine = _engine(folder, fuse_layers=fuse)
+    answers = engine.generate(prompts, GREEDY)
+    oracle = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager"
+    ).cuda()
+    num_equal = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = oracle(torch.tensor([prompt + answer], device="cuda")).logits[0].float()
+        rows = logits[len(prompt) - 1 : -1]
+        chosen = rows.gather(1, torch.tensor(answer, device="cuda")[:, None])[:, 0]
+        gap = rows.max(-1).values - chosen
+        num_equal += int((gap == 0).sum())
+        assert gap.max() < 0.1 * rows.std(), gap.max()
+    assert num_equal >= 0.9 * 40 * len(prompts)
+    assert engine._runner._graphs.captured_buckets  # type: ignore[union-attr]
+
+
+def test_batches_agree_with_single_answers(folder) -> None:
+    prompts = _prompts(3, 40, 9, 600, 77, 16, 31, 250)
+    engine = _engine(folder, enable_prefix_cache=False, max_num_batched_tokens=256)
+    together = engine.generate(prompts, GREEDY)
+    alone = [engine.generate([prompt], GREEDY)[0] for prompt in prompts]
+    firsts = [a[0] == b[0] for a, b in zip(together, alone, strict=True)]
+    assert sum(firsts) >= len(prompts) - 1
+    same = sum(
+        x == y for a, b in zip(together, alone, strict=True) for x, y in zip(a[:5], b[:5], strict=True)
+    )
+    assert same >= 0.8 * 5 * len(prompts)
+
+
+def test_sampling_follows_the_distribution(folder) -> None:
+    from longshore.seeds import row_keys
+    from longshore_server.native.triton_sampling import sample_rows
+
+    num = 20000
+    row = torch.tensor([0.0, 1.0, 2.0, -1.0] + [-30.0] * 5000, device="cuda")
+    logits = row.repeat(num, 1).bfloat16()
+    keys = torch.tensor([row_keys(seed, 0) for seed in range(num)], device="cuda")
+    temperatures = torch.full((num,), 0.8, dtype=torch.float64, device="cuda")
+    seats = torch.arange(num, device="cuda")
+    last, sampled = torch.empty_like(seats), torch.empty_like(seats)
+    sample_rows(logits, temperatures, keys, seats, last, sampled)
+    shares = torch.bincount(sampled, minlength=4)[:4] / num
+    assert torch.allclose(shares, (row[:4] / 0.8).softmax(0), atol=0.015)
+    assert torch.equal(last, sampled)
+    logits[7, 4000] = float("nan")
+    sample_rows(logits, temperatures * 0, keys, seats, last, sampled)
+    assert sampled[7] == -1 and last[7] == 0 and sampled[6] == 2
+
+
+def test_random_requests_and_aborts_leave_clean_books(folder) -> None:
+    chosen = random.Random(11)
+    engine = _engine(
+        folder, num_kv_blocks=300, max_model_len=128, max_num_batched_tokens=512, max_num_waiting=64
+    )
+    num_added, num_ended, live = 0, 0, set()
+    while num_added < 10_000 or engine.has_unfinished():
+        while num_added < 10_000 and len(live) < 90:
+            params = SamplingParams(
+                max_tokens=chosen.randrange(1, 9),
+                temperature=chosen.choice([0.0, 0.0, 1.0]),
+                top_p=0.9 if chosen.random() < 0.01 else 1.0,
+                frequency_penalty=0.5 if chosen.random() < 0.005 else 0.0,
+                seed=num_added,
+            )
+            prompt = [chosen.randrange(3, 9)] * chosen.randrange(1, 100)
+            priority = chosen.randrange(3)
+            engine.add_request(f"r{num_added}", prompt, params, tenant=chosen.choice("ab"), priority=priority)
+            live.add(f"r{num_added}")
+            num_added += 1
+        if chosen.random() < 0.3:
+            engine.abort(chosen.choice(sorted(live)[:40]))
+        for output in engine.step():
+            assert output.error is None
+            if output.finish_reason is not None:
+                live.discard(output.request_id)
+                num_ended += 1
+    engine.check_integrity()
+    stats = engine.stats()
+    assert num_ended == 10_000 and not live
+    assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
