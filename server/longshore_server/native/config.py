@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longshore_server.native.attention.sparsity import parse_sparsity
-from longshore_server.native.checks import check_int
+from longshore_server.native.checks import check_float, check_int
 from longshore_server.native.errors import ConfigError
 from longshore_server.native.offload.spec import parse_kv_swap
 
 LOAD_FORMATS = ("auto", "random")
+KV_CACHE_DTYPES = ("auto", "fp8")
+CPU_TOKEN_BUDGET = 512
+GPU_TOKEN_BUDGET = 8192  # a GPU is busy from some hundred tokens on; long prompts then take few steps
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "fp8")
 PLACEMENTS = ("tensor_parallel", "attention_feed_forward")
@@ -23,7 +26,9 @@ class EngineConfig:
 
     `load_format` "random" needs a config.json alone and fills the weights from `seed`. The KV cache has
     `num_kv_blocks` blocks of `block_size` tokens, or as many as `kv_memory_bytes` holds; with neither, enough
-    for every running sequence, within a bound. `max_model_len` of None takes the model's own limit.
+    for every running sequence, within a bound, or on a GPU what `gpu_memory_fraction` of its memory leaves
+    beside the weights; `kv_cache_dtype` "fp8" halves a block. `max_num_batched_tokens` of None is 512 on a
+    CPU and 8192 on a GPU. `max_model_len` of None takes the model's own limit.
     In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
     chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
     `quantization` "fp8" keeps the layers' weights in FP8 with a scale per output channel, and computes with
@@ -46,9 +51,11 @@ class EngineConfig:
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_memory_bytes: int | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    gpu_memory_fraction: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     max_num_waiting: int = 1024
     enable_prefix_cache: bool = True
     batch_invariant: bool | None = None
@@ -63,16 +70,23 @@ class EngineConfig:
             raise ConfigError("model", "must name a model folder")
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.kv_cache_dtype != "auto" and (self.device == "cpu" or self.num_ranks > 1):
+            raise ConfigError("kv_cache_dtype", f"{self.kv_cache_dtype} is available on one GPU only")
+        if self.kv_cache_dtype != "auto" and parse_sparsity(self.attention_sparsity) is not None:
+            raise ConfigError(
+                "kv_cache_dtype", f"{self.kv_cache_dtype} cannot be had with attention_sparsity"
+            )
         _check_choice("quantization", self.quantization, QUANTIZATIONS)
         self._check_quantization()
         _check_choice("placement", self.placement, PLACEMENTS)
         self._check_numbers()
         if self.tensor_parallel_size > 1 and self.placement != "tensor_parallel":
             raise ConfigError("placement", f"{self.placement} has two ranks: tensor_parallel_size must be 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.token_budget < self.max_num_seqs:
             raise ConfigError(
                 "max_num_batched_tokens",
-                f"{self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
+                f"{self.token_budget} is below max_num_seqs {self.max_num_seqs}: "
                 "a step must hold one token of every running sequence",
             )
         if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
@@ -84,15 +98,22 @@ class EngineConfig:
             raise ConfigError("batch_invariant", "is available on the CPU in float32 only")
 
     @property
-    def num_ranks(self) -> int:
-        return self.tensor_parallel_size if self.placement == "tensor_parallel" else 2
-
-    @property
     def fuses_layers(self) -> bool:
         """Whether layers are fused where the architecture is known."""
         if self.fuse_layers is not None:
             return self.fuse_layers
         return self.num_ranks == 1 and (self.device != "cpu" or self.quantization != "none")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size if self.placement == "tensor_parallel" else 2
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one step."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return max(CPU_TOKEN_BUDGET if self.device == "cpu" else GPU_TOKEN_BUDGET, self.max_num_seqs)
 
     @property
     def may_be_batch_invariant(self) -> bool:
@@ -112,12 +133,14 @@ class EngineConfig:
     def _check_numbers(self) -> None:
         check_int(ConfigError, "block_size", self.block_size, 1, 1024)
         check_int(ConfigError, "max_num_seqs", self.max_num_seqs, 1, 4096)
-        check_int(ConfigError, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        check_float(ConfigError, "gpu_memory_fraction", self.gpu_memory_fraction, 0.0, 1.0, open_low=True)
         check_int(ConfigError, "max_num_waiting", self.max_num_waiting, 0, 1 << 20)
         check_int(ConfigError, "tensor_parallel_size", self.tensor_parallel_size, 1, MAX_RANKS)
         if self.kv_swap and self.num_ranks > 1:
             raise ConfigError("kv_swap", "is available on one rank only")
         check_int(ConfigError, "seed", self.seed, 0, 2**63 - 1)
+        if self.max_num_batched_tokens is not None:
+            check_int(ConfigError, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
         for name in ("num_kv_blocks", "kv_memory_bytes", "max_model_len"):
             if (value := getattr(self, name)) is not None:
                 check_int(ConfigError, name, value, 1)

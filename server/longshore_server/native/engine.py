@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from itertools import count
 
 from longshore_server.native.blocks import BlockPool
@@ -26,13 +27,21 @@ from longshore_server.native.rank_start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.scheduler import Chunk, Schedule, Scheduler
-from longshore_server.native.sequence import Sequence
+from longshore_server.native.sequence import Sequence, SequenceStatus
 
 logger = logging.getLogger(__name__)
 
 MAX_PRIORITY = 1_000_000
 
 ChunkResult = SampledToken | None | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Chunks that were launched together, and what gives their results."""
+
+    chunks: list[Chunk]
+    read: Callable[[], SequenceOf[ChunkResult]]
 
 
 class NativeEngine:
@@ -67,7 +76,7 @@ class NativeEngine:
         self._scheduler = Scheduler(
             BlockPool(built.num_kv_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.token_budget,
             max_num_waiting=config.max_num_waiting,
             enable_prefix_cache=config.enable_prefix_cache,
             offload=built.offload,
@@ -75,6 +84,9 @@ class NativeEngine:
         self._offload = built.offload
         if built.offload is not None:
             self.capabilities |= {"swap"}
+        # Offload moves KV between steps and needs the host's books to be up to date.
+        self._overlaps = built.runner.overlaps and built.offload is None
+        self._in_flight: list[Launch] = []  # of the last step, when steps overlap
         self._arrivals = count()
         self._endings: list[TokenOutput] = []  # of requests that ended outside a step
         self._num_steps = 0
@@ -179,12 +191,28 @@ class NativeEngine:
     # --- the step ---
 
     def step(self) -> list[TokenOutput]:
-        """Schedules, runs, postprocesses: at most one output per running request, and the pending endings."""
+        """Schedules, runs, postprocesses: at most one token per running request, and the pending endings.
+
+        On a GPU steps overlap: the tokens are those of the step before, and are handed out while the GPU
+        computes this one.
+        """
+        outputs = self._settle() if self._must_settle_first() else []
         schedule = self._schedule()
         start_s = time.perf_counter()
-        results = self._run(schedule)
+        launches = self._launch(schedule)
+        if self._overlaps:
+            launches, self._in_flight = self._in_flight, launches
+        outputs += self._postprocess(launches)
         self._note_speed(schedule, time.perf_counter() - start_s)
-        return self._postprocess(schedule, results)
+        return outputs
+
+    def _must_settle_first(self) -> bool:
+        """A penalty needs the token that is in flight before the next one can be drawn."""
+        return bool(self._in_flight) and any(s.params.has_penalties for s in self._scheduler.running)
+
+    def _settle(self) -> list[TokenOutput]:
+        launches, self._in_flight = self._in_flight, []
+        return self._postprocess(launches)
 
     def _schedule(self) -> Schedule:
         schedule = self._scheduler.schedule(self._clock())
@@ -211,36 +239,43 @@ class NativeEngine:
         if self._offload is not None and num_tokens > 2 * len(schedule.chunks):
             self._offload.note_computed(num_tokens, elapsed_s)
 
-    def _run(self, schedule: Schedule) -> list[ChunkResult]:
+    def _launch(self, schedule: Schedule) -> list[Launch]:
         self._runner.clear_blocks(schedule.new_blocks)
-        return self._run_chunks(schedule.chunks)
+        launches = self._launch_chunks(schedule.chunks)
+        for chunk in schedule.chunks:
+            self._scheduler.advance(chunk)
+        return launches
 
-    def _run_chunks(self, chunks: list[Chunk]) -> list[ChunkResult]:
-        """Runs chunks together; if that fails, by halves, so that only the culprit gets an exception."""
+    def _launch_chunks(self, chunks: list[Chunk]) -> list[Launch]:
+        """Launches chunks together; if that fails, by halves, so that only the culprit gets an exception."""
         if not chunks:
             return []
         try:
-            return list(self._runner.run(chunks))
+            return [Launch(chunks, self._runner.launch(chunks))]
         except RanksLostError:
             raise
         except Exception as error:  # whatever one request's forward raises must not end the others
             if len(chunks) == 1:
                 logger.exception("request %s failed in the model", chunks[0].sequence.request_id)
-                return [error]
+                failure: list[ChunkResult] = [error]
+                return [Launch(chunks, lambda: failure)]
             half = len(chunks) // 2
-            return self._run_chunks(chunks[:half]) + self._run_chunks(chunks[half:])
+            return self._launch_chunks(chunks[:half]) + self._launch_chunks(chunks[half:])
 
-    def _postprocess(self, schedule: Schedule, results: list[ChunkResult]) -> list[TokenOutput]:
+    def _postprocess(self, launches: list[Launch]) -> list[TokenOutput]:
         outputs, self._endings = self._endings, []
-        self._num_steps += bool(schedule.chunks)
-        for chunk, result in zip(schedule.chunks, results, strict=True):
-            output = self._apply(chunk, result)
-            if output is not None:
-                outputs.append(output)
+        self._num_steps += bool(launches)
+        for launch in launches:
+            for chunk, result in zip(launch.chunks, launch.read(), strict=True):
+                output = self._apply(chunk, result)
+                if output is not None:
+                    outputs.append(output)
         return outputs
 
     def _apply(self, chunk: Chunk, result: ChunkResult) -> TokenOutput | None:
         sequence = chunk.sequence
+        if sequence.status is SequenceStatus.FINISHED:
+            return None  # it ended while this was under way
         if isinstance(result, Exception):
             return self._fail(sequence, f"{type(result).__name__} in the model")
         if result is not None and result.error is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -68,7 +68,7 @@ def make_share(settings: dict[str, Any], rank: int, store_path: Path, num_thread
     config = EngineConfig(**(values | {"device": device}))
     links = RankLinks(rank, config.num_ranks, store_path, torch.device(device), nccl=is_nccl)
     if config.placement == "tensor_parallel":
-        return TensorShare(build(config, links).runner, links)
+        return TensorShare(cast(ModelRunner, build(config, links).runner), links)
     return FeedForwardShare(_feed_forward(config, links))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -15,8 +17,21 @@ from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
 
+class Runner(Protocol):
+    """What the engine needs of a runner."""
+
+    @property
+    def overlaps(self) -> bool: ...  # whether a step may be launched before the one before it is read
+
+    def clear_blocks(self, blocks: SequenceOf[int]) -> None: ...
+
+    def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]: ...
+
+
 class ModelRunner:
-    """Runs an unmodified transformers model over a paged KV cache."""
+    """Runs a model over a paged KV cache, each step to its end."""
+
+    overlaps = False
 
     def __init__(
         self, model: PreTrainedModel, cache: PagedKVCache, device: torch.device, make_context: MakeContext
@@ -30,6 +45,11 @@ class ModelRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Zeroes blocks that change owner; call before run()."""
         self.cache.clear_blocks(blocks)
+
+    def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]:
+        """Runs the chunks; the results are what the callable gives."""
+        results = self.run(chunks)
+        return lambda: results
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> list[SampledToken | None]:

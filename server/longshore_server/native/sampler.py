@@ -119,9 +119,7 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence], rows: list[int], chos
     values = logits if len(rows) == logits.shape[0] else logits[rows]
     temperature = _column([max(s.params.temperature, GREEDY_BELOW_TEMPERATURE) for s in sequences], logits)
     scaled = (values - values.amax(dim=-1, keepdim=True)) / temperature  # the likeliest token is at 0
-    keys = torch.tensor(
-        [row_keys(s.params.seed, s.num_generated_tokens) for s in sequences], device=logits.device
-    )
+    keys = torch.tensor([row_keys(s.params.seed, s.next_offset) for s in sequences], device=logits.device)
     filtered = [index for index, s in enumerate(sequences) if s.params.has_filters]
     plain = [index for index, s in enumerate(sequences) if not s.params.has_filters]
     drawn = torch.empty(len(rows), dtype=torch.long, device=logits.device)

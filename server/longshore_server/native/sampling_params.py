@@ -94,6 +94,17 @@ class SamplingParams:
             and self.num_logprobs is None
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """True where arg-max, or a draw by temperature alone, is the whole of sampling."""
+        return (
+            not self.has_filters
+            and not self.has_penalties
+            and not self.logit_bias
+            and self.min_tokens == 0
+            and self.num_logprobs is None
+        )
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raises InvalidRequestError when a token id named here is not in the vocabulary."""
         for name, token_ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):

@@ -149,12 +149,16 @@ class Scheduler:
         self._fill_step(step)
         return step
 
+    def advance(self, chunk: Chunk) -> None:
+        """Notes that a chunk's computation is under way: what is scheduled next comes after it."""
+        chunk.sequence.num_computed_tokens += chunk.num_tokens
+        chunk.sequence.num_inflight_tokens += chunk.samples
+
     def commit(self, chunk: Chunk) -> None:
-        """Notes that the KV of a chunk is computed, and indexes the blocks that it filled."""
-        sequence = chunk.sequence
-        sequence.num_computed_tokens += chunk.num_tokens
+        """Notes that an advanced chunk's results are here, and indexes the full blocks of known tokens."""
+        chunk.sequence.num_inflight_tokens -= chunk.samples
         if self.enable_prefix_cache:
-            self._publish_full_blocks(sequence)
+            self._publish_full_blocks(chunk.sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Takes a sequence out and releases its blocks."""
@@ -200,6 +204,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            if sequence.num_inflight_tokens and sequence.is_full_length:
+                index += 1  # it ends when its last token is seen
+                continue
             num_later = len(self.running) - index - 1
             num_tokens = min(sequence.num_uncomputed_tokens, budget - num_later)
             if not self._make_room(sequence, num_tokens, step):
@@ -264,6 +271,8 @@ class Scheduler:
         """Starts waiting sequences by rank while seats, blocks and the token budget last."""
         while self.waiting:
             sequence = self.waiting[0]
+            if sequence.num_inflight_tokens:
+                break  # preempted a moment ago: its last token is not known yet
             prefix = find_prefix(sequence, self.pool, self.offload, self.enable_prefix_cache)
             if not self._has_budget_for(sequence) or not self._can_get_in(sequence, prefix.on_device):
                 break
@@ -331,7 +340,8 @@ class Scheduler:
     # --- bookkeeping ---
 
     def _publish_full_blocks(self, sequence: Sequence) -> None:
-        num_full = sequence.num_computed_tokens // self.pool.block_size
+        num_known = min(sequence.num_computed_tokens, len(sequence.token_ids))
+        num_full = num_known // self.pool.block_size
         if num_full == sequence.num_published_blocks:
             return
         digests = sequence.digest_blocks(num_full, self.pool.block_size)

@@ -21,7 +21,8 @@ class Sequence:
     """A request inside the engine.
 
     `token_ids` is prompt then answer; the KV of the first `num_computed_tokens` of them stands in the blocks
-    of `block_table`. A sequence samples a token in the step that computes the last of `token_ids`.
+    of `block_table`. A sequence samples a token in the step that computes the last of `token_ids`. While a
+    step runs on a GPU, `num_inflight_tokens` counts the token that it has sampled and the host has not seen.
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Sequence:
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_inflight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
@@ -80,6 +82,7 @@ class Sequence:
         self.num_published_blocks = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_inflight_tokens = 0
         self.num_preemptions = 0
         self.num_swapped_tokens = 0  # whose KV was kept elsewhere when it was last preempted
         self.sampler_state: object | None = None  # owned by the sampler
@@ -95,12 +98,22 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_inflight_tokens - self.num_computed_tokens
 
     @property
     def must_not_stop(self) -> bool:
         """True while the next token would leave the answer shorter than `min_tokens`."""
-        return self.num_generated_tokens < self.params.min_tokens
+        return self.next_offset < self.params.min_tokens
+
+    @property
+    def next_offset(self) -> int:
+        """The index in the answer of the token that the next step samples."""
+        return self.num_generated_tokens + self.num_inflight_tokens
+
+    @property
+    def is_full_length(self) -> bool:
+        """True when the tokens so far, with the one in flight, leave no room for another."""
+        return len(self.token_ids) + self.num_inflight_tokens >= self.max_total_tokens
 
     def append(self, token_id: int) -> FinishReason | None:
         """Adds a sampled token and says whether it ends the answer, and why."""

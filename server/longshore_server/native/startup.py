@@ -23,19 +23,20 @@ from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
 from longshore_server.native.offload.spec import parse_kv_swap
 from longshore_server.native.rank_links import RankLinks
-from longshore_server.native.runner import ModelRunner
+from longshore_server.native.runner import ModelRunner, Runner
 
 DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
 # Torch computes activation functions in vectors of up to so many elements, and what is left at the end of a
 # tensor in another way, which may round otherwise.
 VECTOR_ELEMENTS = 32
+GPU_WORKSPACE_BYTES = 1024 * 1024 * 1024  # cuBLAS, Triton, captured graphs
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
     """A runner that is ready to step, and the limits that requests are checked against."""
 
-    runner: ModelRunner
+    runner: Runner
     num_kv_blocks: int
     max_model_len: int
     vocab_size: int
@@ -55,23 +56,28 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     geometries = _probe(loaded, device, config.model)
     dtype = loaded.model.dtype
     batch_invariant = _make_invariant(loaded.model, config, geometries)
-    bytes_per_block = block_bytes(geometries, config.block_size, dtype)
-    num_blocks = _num_kv_blocks(config, loaded.max_model_len, bytes_per_block)
+    kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+    bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
+    num_blocks = _num_kv_blocks(config, loaded, bytes_per_block)
     if links is not None:
         num_blocks = links.smallest(num_blocks)
     max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
-    cache = PagedKVCache(geometries, num_blocks, config.block_size, dtype, device)
+    cache = PagedKVCache(geometries, num_blocks, config.block_size, kv_dtype, device)
     sparsity = parse_sparsity(config.attention_sparsity)
     bounds = None
     if sparsity is not None:
         bounds = PageBounds(cache, set(range(len(geometries))) - sparsity.dense_layers)
+    if device.type == "cuda" and links is None and sparsity is None:
+        from longshore_server.native.gpu_runner import GpuRunner  # triton is on GPUs only
+
+        runner: Runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len)
+    else:
+        attention = select_attention(
+            device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds
+        )
+        runner = ModelRunner(loaded.model, cache, device, attention)
     return BuiltModel(
-        runner=ModelRunner(
-            loaded.model,
-            cache,
-            device,
-            select_attention(device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds),
-        ),
+        runner=runner,
         page_bounds=bounds,
         offload=open_offload(cache, parse_kv_swap(config.kv_swap), bounds),
         num_kv_blocks=num_blocks,
@@ -127,7 +133,7 @@ def _has_other_products(model: PreTrainedModel) -> bool:
     )
 
 
-def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int) -> int:
+def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: int) -> int:
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     if config.kv_memory_bytes is not None:
@@ -135,8 +141,32 @@ def _num_kv_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: in
         if num_blocks == 0:
             raise ConfigError("kv_memory_bytes", f"is less than one block of {bytes_per_block} bytes")
         return num_blocks
-    num_wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+    if torch.device(config.device).type == "cuda" and config.num_ranks == 1:
+        return _num_gpu_blocks(config, loaded, bytes_per_block)
+    num_wanted = config.max_num_seqs * -(-loaded.max_model_len // config.block_size)
     return max(1, min(num_wanted, DEFAULT_KV_MEMORY_BYTES // bytes_per_block))
+
+
+def _num_gpu_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: int) -> int:
+    """What the configured share of the GPU's memory holds beside weights and a step's activations."""
+    torch.cuda.empty_cache()
+    num_free, num_total = torch.cuda.mem_get_info(torch.device(config.device))
+    kept_free = int((1 - config.gpu_memory_fraction) * num_total)
+    num_bytes = num_free - kept_free - _activation_bytes(config, loaded)
+    if num_bytes < bytes_per_block:
+        raise ConfigError(
+            "gpu_memory_fraction", f"{config.gpu_memory_fraction} leaves no memory for KV beside the weights"
+        )
+    return num_bytes // bytes_per_block
+
+
+def _activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+    """A bound of what a step needs at once: a layer's activations, and logits in two forms."""
+    model_config = loaded.model.config
+    hidden = getattr(model_config, "hidden_size", 4096)
+    inner = getattr(model_config, "intermediate_size", None) or 4 * hidden
+    layer_bytes = config.token_budget * (8 * hidden + 4 * inner) * 2
+    return layer_bytes + config.max_num_seqs * loaded.vocab_size * 8 + GPU_WORKSPACE_BYTES
 
 
 def _fit_model_len(config: EngineConfig, max_model_len: int, num_kv_tokens: int) -> int:

@@ -33,6 +33,7 @@ def _run(scheduler: Scheduler, now_s: float = 0.0, token: int = 1) -> list[str]:
     step = scheduler.schedule(now_s)
     sampled = []
     for chunk in step.chunks:
+        scheduler.advance(chunk)
         scheduler.commit(chunk)
         if chunk.samples:
             sampled.append(chunk.sequence.request_id)
@@ -87,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(s.deadline_s is None or s.deadline_s > self.now_s for s in self.live.values())
         self._check_chunks(step.chunks)
         for chunk in step.chunks:
+            self.scheduler.advance(chunk)
             self.scheduler.commit(chunk)
             if chunk.samples:
                 ending = chunk.sequence.append(token)
@@ -217,7 +219,9 @@ def test_a_failed_sequence_leaves_nothing_in_the_prefix_index() -> None:
     scheduler = _scheduler()
     sequence = _sequence("1", 9)
     scheduler.add(sequence)
-    scheduler.commit(scheduler.schedule(0.0).chunks[0])
+    chunk = scheduler.schedule(0.0).chunks[0]
+    scheduler.advance(chunk)
+    scheduler.commit(chunk)
     digests = sequence.digest_blocks(2, BLOCK_SIZE)
     assert len(scheduler.pool.match(digests)) == 2
     scheduler.fail(sequence)

@@ -26,7 +26,11 @@ def select_attention(
     sparsity: Sparsity | None = None,
     bounds: PageBounds | None = None,
 ) -> MakeContext:
-    """A maker of one step's context. The torch reference serves every device until a kernel is named here."""
+    """A maker of one step's context: Triton kernels on CUDA, the torch reference everywhere else."""
     if sparsity is not None and bounds is not None:
         return partial(SparseContext, plan=plan_passes, sparsity=sparsity, bounds=bounds)
+    if device.type == "cuda":
+        from longshore_server.native.attention.triton_context import make_context  # triton is on GPUs only
+
+        return make_context
     return partial(ReferenceContext, plan=plan_invariant_passes if batch_invariant else plan_passes)

@@ -21,6 +21,14 @@ class LayerGeometry:
         return self.num_kv_heads * (self.key_dim + self.value_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class KVScales:
+    """What an FP8 cache's stored numbers are multiplied by: float32 [num_kv_heads] each, of one layer."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
 class PagedKVCache:
     """`num_blocks` blocks, and one more that stays zero and pads block tables (`padding_block`).
 
@@ -42,6 +50,7 @@ class PagedKVCache:
         self.device = device
         self.keys: list[torch.Tensor] = [torch.empty(0)] * len(geometries)
         self.values: list[torch.Tensor] = [torch.empty(0)] * len(geometries)
+        self.scales = [_unit_scales(geometry, device) for geometry in geometries]
         self._stores: list[torch.Tensor] = []  # [layers, num_blocks + 1, ...], blocks on dimension 1
         for geometry in dict.fromkeys(geometries):
             layers = [index for index, other in enumerate(geometries) if other == geometry]
@@ -74,3 +83,8 @@ class PagedKVCache:
 def block_bytes(geometries: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
     return block_size * dtype.itemsize * sum(geometry.num_elements for geometry in geometries)
+
+
+def _unit_scales(geometry: LayerGeometry, device: torch.device) -> KVScales:
+    ones = torch.ones(geometry.num_kv_heads, dtype=torch.float32, device=device)
+    return KVScales(ones, ones.clone())
