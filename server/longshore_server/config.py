@@ -111,11 +111,13 @@ class CoreConfig:
     block_size: Annotated[int, Interval(ge=1, le=1024)] = 16
     num_kv_blocks: Annotated[int, Interval(ge=1, le=2**31)] | None = None
     kv_memory_bytes: Annotated[int, Interval(ge=1, le=2**43)] | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    gpu_memory_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
     max_num_seqs: Annotated[int, Interval(ge=1, le=4096)] = 64
-    max_num_batched_tokens: Count = 512
+    max_num_batched_tokens: Count | None = None
     max_waiting: Annotated[int, Interval(ge=0, le=1 << 20)] = 1024
     enable_prefix_cache: bool = True
-    batch_invariant: bool = False
+    batch_invariant: bool | None = None
     attention_sparsity: Annotated[str, Len(1, 200)] = "dense"
     kv_swap: Annotated[tuple[Annotated[str, Len(1, 4096)], ...], Len(0, 8)] = ()
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
@@ -290,7 +292,7 @@ def _checked(config: CoreConfig) -> CoreConfig:
         raise ConfigError('engine: "remote" is not available in this version; use "native"')
     if config.remote_url is not None:
         raise ConfigError('remote_url: only means something with engine = "remote"')
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    if config.max_num_batched_tokens is not None and config.max_num_batched_tokens < config.max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens: {config.max_num_batched_tokens} is below "
             f"max_num_seqs {config.max_num_seqs}"

@@ -14,8 +14,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longshore.errors import ConfigError, LongshoreError
 from longshore_server.config import CoreConfig, from_json
@@ -28,6 +29,9 @@ from longshore_server.native.errors import NativeEngineError
 from longshore_server.status_pipe import StatusPipe
 from longshore_server.trial import TrialNote
 from longshore_server.warm_up import warm_up
+
+if TYPE_CHECKING:
+    from longshore_server.native import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,37 +47,24 @@ def native_engine(config: CoreConfig) -> Any:
     """The native engine with these settings; raises NativeEngineError when it can't start."""
     import torch
 
-    from longshore_server.native import EngineConfig, NativeEngine
+    from longshore_server.native import NativeEngine
 
-    num_ranks = config.tensor_parallel_size if config.placement == "tensor_parallel" else 2
-    torch.set_num_threads(max(1, (config.num_threads or _spare_threads()) // num_ranks))
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return NativeEngine(
-        EngineConfig(
-            model=config.model,
-            load_format=config.load_format,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            device=device,
-            block_size=config.block_size,
-            num_kv_blocks=config.num_kv_blocks,
-            kv_memory_bytes=config.kv_memory_bytes,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_waiting=config.max_waiting,
-            enable_prefix_cache=config.enable_prefix_cache,
-            batch_invariant=config.batch_invariant,
-            attention_sparsity=config.attention_sparsity,
-            kv_swap=config.kv_swap,
-            seed=config.seed,
-            tensor_parallel_size=config.tensor_parallel_size,
-            placement=config.placement,
-        ),
-        on_ranks_lost=_die_without_ranks,
-    )
+    settings = native_settings(config)
+    torch.set_num_threads(max(1, (config.num_threads or _spare_threads()) // settings.num_ranks))
+    return NativeEngine(settings, on_ranks_lost=_die_without_ranks)
+
+
+def native_settings(config: CoreConfig) -> EngineConfig:
+    """What the native engine is told of the core's settings: every one that both have, under its own name."""
+    import torch
+
+    from longshore_server.native import EngineConfig
+
+    names = {f.name for f in fields(EngineConfig)} & {f.name for f in fields(config)}
+    values = {name: getattr(config, name) for name in names}
+    if config.device == "auto":
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return EngineConfig(**values, max_num_waiting=config.max_waiting)
 
 
 def _spare_threads() -> int:

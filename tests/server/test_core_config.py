@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longshore.errors import ConfigError
 from longshore.signing import PrivateKey
 from longshore_server.config import CoreConfig, from_json, load_config, parse_setting, render, to_json
+from longshore_server.engine_process import native_settings
+from longshore_server.native import EngineConfig
 
 KEY_SHA256 = hashlib.sha256(b"a key").hexdigest()
 
@@ -68,7 +72,8 @@ def test_the_quick_start_key_is_added_to_the_others(tmp_path: Path) -> None:
         ('aliases = ["a"]', "aliases"),
         ('engine = "remote"', 'engine: "remote" is not available'),
         ('remote_url = "http://x"', "remote_url"),
-        ("max_num_seqs = 600", "max_num_batched_tokens"),
+        ("max_num_seqs = 600\nmax_num_batched_tokens = 512", "max_num_batched_tokens"),
+        ("gpu_memory_fraction = 0.0", "gpu_memory_fraction"),
         ("num_kv_blocks = 1\nkv_memory_bytes = 1", "num_kv_blocks"),
         ('kv_swap = ["host:32GB"]', "kv_swap: a tier is"),
         ('kv_swap = "host:32GiB"', "kv_swap"),
@@ -135,6 +140,23 @@ def test_tiers_for_kv_blocks_are_handed_over_and_printed() -> None:
     assert config.kv_swap == tiers and from_json(to_json(config)) == config
     values = tomllib.loads(render(config))
     assert (tuple(values["kv_swap"]), values["attention_sparsity"]) == (tiers, "window=8")
+
+
+def test_every_setting_of_the_native_engine_is_one_of_the_core_and_is_handed_over() -> None:
+    names = {each.name for each in dataclasses.fields(EngineConfig)}
+    assert names - {each.name for each in dataclasses.fields(CoreConfig)} == {
+        "fuse_layers",
+        "max_num_waiting",
+    }
+    told: dict[str, Any] = {
+        "model": "m", "load_format": "random", "dtype": "bfloat16", "device": "cuda:0", "block_size": 32,
+        "num_kv_blocks": 9, "kv_cache_dtype": "fp8", "gpu_memory_fraction": 0.5, "max_model_len": 77,
+        "max_num_seqs": 3, "max_num_batched_tokens": 99, "enable_prefix_cache": False,
+        "batch_invariant": False, "quantization": "fp8", "seed": 4,
+    }  # fmt: skip
+    settings = native_settings(CoreConfig(**told, max_waiting=5))
+    assert {name: getattr(settings, name) for name in told} == told
+    assert settings.max_num_waiting == 5
 
 
 def test_a_setting_from_a_flag_is_named_when_it_is_wrong() -> None:
