@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from longshore_server.native import rank_share, rank_start, startup
-from longshore_server.native.rank_process import RankServer
+from longshore_server.native import startup
+from longshore_server.native.ranks import share as rank_share
+from longshore_server.native.ranks import start as rank_start
+from longshore_server.native.ranks.process import RankServer
 
 _one_at_a_time = threading.Lock()  # transformers patches torch's initialization while it builds a model
 

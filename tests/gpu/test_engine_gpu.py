@@ -101,7 +101,7 @@ def test_batches_agree_with_single_answers(folder) -> None:
 
 def test_sampling_follows_the_distribution(folder) -> None:
     from longshore.seeds import row_keys
-    from longshore_server.native.triton_sampling import sample_rows
+    from longshore_server.native.gpu.triton_sampling import sample_rows
 
     num = 20000
     row = torch.tensor([0.0, 1.0, 2.0, -1.0] + [-30.0] * 5000, device="cuda")

@@ -105,7 +105,7 @@ def are_gone(processes: list[psutil.Process]) -> bool:
 
 def test_shop_questions_are_answered_right(core: TierProcess) -> None:
     chance = Random(5)
-    assert len(children(core, "rank_process")) == 1
+    assert len(children(core, "native.ranks.process")) == 1
     num_right = 0
     for _ in range(6):
         sheet = make_sheet(chance, 3, "heldout")
@@ -122,7 +122,7 @@ def test_an_answer_goes_on_byte_for_byte_when_a_rank_dies(core: TierProcess) -> 
     whole = Answer(core.url).wait()
     cut = Answer(core.url)
     wait_until(lambda: len(cut.tokens) > 20)
-    before = [*children(core, "engine_process"), *children(core, "rank_process")]
+    before = [*children(core, "engine_process"), *children(core, "native.ranks.process")]
     assert len(before) == 2
     before[1].kill()
     wait_until(lambda: are_gone(before), timeout_s=NOTICE_TIMEOUT_S)
@@ -133,7 +133,7 @@ def test_an_answer_goes_on_byte_for_byte_when_a_rank_dies(core: TierProcess) -> 
 @pytest.mark.slow
 def test_no_process_outlives_a_killed_supervisor_not_even_a_stopped_rank(core: TierProcess) -> None:
     everything = children(core)
-    (rank,) = children(core, "rank_process")
+    (rank,) = children(core, "native.ranks.process")
     rank.suspend()
     os.kill(core.pid, signal.SIGKILL)
     wait_until(lambda: are_gone(everything), timeout_s=NOTICE_TIMEOUT_S)

@@ -23,7 +23,7 @@ from longshore_server.native.errors import (
     RanksLostError,
 )
 from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
-from longshore_server.native.rank_start import build_on_ranks
+from longshore_server.native.ranks.start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.scheduler import Chunk, Schedule, Scheduler

@@ -18,11 +18,11 @@ from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from longshore_server.native.kv_offload import KVOffload, open_offload
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
+from longshore_server.native.offload.kv_offload import KVOffload, open_offload
 from longshore_server.native.offload.spec import parse_kv_swap
-from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.runner import ModelRunner, Runner
 
 DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
@@ -68,7 +68,7 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     if sparsity is not None:
         bounds = PageBounds(cache, set(range(len(geometries))) - sparsity.dense_layers)
     if device.type == "cuda" and links is None and sparsity is None:
-        from longshore_server.native.gpu_runner import GpuRunner  # triton is on GPUs only
+        from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
         runner: Runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len)
     else:

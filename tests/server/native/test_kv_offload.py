@@ -18,9 +18,9 @@ from longshore_server.native import SamplingParams
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, QueueFullError
-from longshore_server.native.kv_offload import KVOffload
 from longshore_server.native.offload import file_memory
 from longshore_server.native.offload.file_memory import FileMemory
+from longshore_server.native.offload.kv_offload import KVOffload
 from longshore_server.native.offload.memory import HostMemory, TierFault
 from longshore_server.native.offload.spec import TierSpec, parse_kv_swap
 from longshore_server.native.offload.speeds import Speeds
@@ -369,7 +369,7 @@ def test_faults_cost_work_and_never_an_answer(fault, make_engine, greedy, tmp_pa
 
         return call
 
-    module = "longshore_server.native.kv_offload"
+    module = "longshore_server.native.offload.kv_offload"
     if fault == "read":
         error = OSError(errno.EIO, "Input/output error")
         monkeypatch.setattr(file_memory.os, "pread", fail(os.pread, error))

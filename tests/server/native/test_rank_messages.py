@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from longshore_server.native import SamplingParams
 from longshore_server.native.errors import RankProtocolError
-from longshore_server.native.rank_messages import (
+from longshore_server.native.ranks.messages import (
     Kind,
     MessageDecoder,
     blocks_payload,

@@ -15,7 +15,7 @@ from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.model.load import load_model
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan
-from longshore_server.native.rank_start import build_on_ranks
+from longshore_server.native.ranks.start import build_on_ranks
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence
 from rank_threads import use_rank_threads

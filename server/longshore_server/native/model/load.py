@@ -21,7 +21,7 @@ from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ModelLoadError, NativeEngineError, UnsupportedModelError
 from longshore_server.native.model.build import build_from_files, build_random
 from longshore_server.native.model.placement import build_share
-from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.ranks.links import RankLinks
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}

@@ -17,7 +17,7 @@ from longshore_server.native.errors import ConfigError, UnsupportedModelError
 from longshore_server.native.model.materialize import build_on_meta, fill_buffers
 from longshore_server.native.model.shard import SafetensorsSlices, fill, fill_random
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan, check_heads, connect
-from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.ranks.links import RankLinks
 
 ATTENTION_RANK = 0
 FEED_FORWARD_RANK = 1

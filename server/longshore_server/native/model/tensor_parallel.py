@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
-from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.ranks.links import RankLinks
 
 FIELD = "tensor_parallel_size"
 KV_PROJECTIONS = ("k_proj", "v_proj")

@@ -25,8 +25,8 @@ import torch
 
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import RankProtocolError, RanksLostError
-from longshore_server.native.rank_links import RankLinks
-from longshore_server.native.rank_messages import (
+from longshore_server.native.ranks.links import RankLinks
+from longshore_server.native.ranks.messages import (
     Kind,
     MessageDecoder,
     blocks_payload,
@@ -63,7 +63,7 @@ StartRank = Callable[[socket.socket], RankHandle]
 def start_process(peer: socket.socket) -> RankHandle:
     """Starts a rank as a process that has `peer`, and nothing else of ours, and lives no longer than it."""
     is_main = threading.current_thread() is threading.main_thread()
-    command = [sys.executable, "-m", "longshore_server.native.rank_process", str(peer.fileno())]
+    command = [sys.executable, "-m", "longshore_server.native.ranks.process", str(peer.fileno())]
     return subprocess.Popen(  # the kernel's tie is to the starting thread, so only the main one's will do
         [*command, *(["--tied"] if is_main else [])], stdin=subprocess.DEVNULL, pass_fds=[peer.fileno()]
     )

@@ -24,12 +24,9 @@ from longshore_server.native.attention.triton_context import (
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
-from longshore_server.native.graphs import DecodeGraphs, bucket_of
-from longshore_server.native.sampler import SampledToken, sample
-from longshore_server.native.scheduler import Chunk
-from longshore_server.native.seats import Seats, TableUpdates
-from longshore_server.native.sequence import Sequence
-from longshore_server.native.step_inputs import (
+from longshore_server.native.gpu.graphs import DecodeGraphs, bucket_of
+from longshore_server.native.gpu.seats import Seats, TableUpdates
+from longshore_server.native.gpu.step_inputs import (
     Packer,
     context_len,
     noise_keys,
@@ -37,7 +34,10 @@ from longshore_server.native.step_inputs import (
     temperature_bits,
     token_ids,
 )
-from longshore_server.native.triton_sampling import sample_rows
+from longshore_server.native.gpu.triton_sampling import sample_rows
+from longshore_server.native.sampler import SampledToken, sample
+from longshore_server.native.scheduler import Chunk
+from longshore_server.native.sequence import Sequence
 
 NO_SLOT = -1
 NOT_FINITE = "the model's logits are not finite"

@@ -12,7 +12,7 @@ from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, RanksLostError, UnsupportedModelError
 from longshore_server.native.model.load import read_model_config
 from longshore_server.native.model.placement import check_ranks, rank_device
-from longshore_server.native.ranks import OnLost, RankedRunner, RankGroup, start_process
+from longshore_server.native.ranks.group import OnLost, RankedRunner, RankGroup, start_process
 from longshore_server.native.runner import ModelRunner
 from longshore_server.native.startup import BuiltModel, build
 

@@ -12,7 +12,7 @@ from longshore_server.native.config import EngineConfig
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import load_model
 from longshore_server.native.model.placement import FeedForwardRunner, rank_device
-from longshore_server.native.rank_links import RankLinks
+from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.runner import ModelRunner
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.startup import build

@@ -1,6 +1,6 @@
 """A rank that does not schedule: holds its share of the model and runs the passes that the first rank tells.
 
-`python -m longshore_server.native.rank_process FD`; FD is a socket to the first rank, and its end is the
+`python -m longshore_server.native.ranks.process FD`; FD is a socket to the first rank, and its end is the
 rank's end. It samples nothing and meets no client.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from longshore_server.native.errors import NativeEngineError
-from longshore_server.native.rank_messages import (
+from longshore_server.native.ranks.messages import (
     Kind,
     MessageDecoder,
     frame,
@@ -115,14 +115,14 @@ def _one_line(text: str) -> bytes:
 
 def build_share(setup: dict[str, Any]) -> Any:
     """This rank's share of the model, connected to the other ranks, ready to step."""
-    from longshore_server.native.rank_share import make_share
+    from longshore_server.native.ranks.share import make_share
 
     return make_share(setup["config"], setup["rank"], Path(setup["store"]), setup["num_threads"])
 
 
 def main() -> None:
     """Entry of the process."""
-    parser = argparse.ArgumentParser(prog="longshore_server.native.rank_process")
+    parser = argparse.ArgumentParser(prog="longshore_server.native.ranks.process")
     parser.add_argument("fd", type=int)
     parser.add_argument(
         "--tied", action="store_true", help="the kernel ends it with the thread that started it"
