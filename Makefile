@@ -20,7 +20,7 @@ clients: setup  ## node packages, Chromium and Kotlin, then the tests of other r
 
 aarch64: setup  ## an emulated aarch64 Python, then the tests on it
 	@scripts/aarch64
-	@scripts/test tests/clients/test_aarch64.py
+	@scripts/test -m aarch64 tests/clients
 
 check: setup  ## format, lint, import rules, types
 	@scripts/check

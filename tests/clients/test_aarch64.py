@@ -14,7 +14,7 @@ from clients.conftest import NUM_TOKENS, Chat
 from clients.runtimes import HERE, ROOT, lack, need
 from longshore.wire import Manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.aarch64, pytest.mark.timeout(300)]
 
 HOME = ROOT / ".cache" / "aarch64"
 CPU = "cortex-a76"  # a phone's, with dot products; docs/clients.md says what emulated SME does

@@ -124,6 +124,7 @@ class FixtureCore:
         for number, event in enumerate(self.events(request, orders)):
             if number == orders.get("cut_after"):
                 record["ended"] = "cut"
+                await asyncio.sleep(0.1)  # a reset takes along what the other side has not read yet
                 http.transport.abort()
                 return response
             if number == orders.get("end_after"):

@@ -26,12 +26,13 @@ from longshore_server.engines.base import EngineStats, SamplingSpec
 from poison_engine import SICK_STEP, SLOW_STEP
 
 PROMPT = tuple(range(10, 20))
-LONG = SamplingSpec(max_tokens=1000, temperature=0, ignore_eos=True)
+LONG = SamplingSpec(max_tokens=4000, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    model = tiny_model_folder(tmp_path_factory.mktemp("engine") / "tiny")
+    # long answers, so that none ends by itself while a test looks away
+    model = tiny_model_folder(tmp_path_factory.mktemp("engine") / "tiny", max_position_embeddings=4096)
     with engine_process(engine_config(model, max_waiting=8)) as process:
         yield process
 
@@ -131,8 +132,9 @@ def test_a_peer_that_leaves_takes_its_requests_along(engine: EngineProcess, gree
     for stream in range(10):
         leaver.send(submit(stream))
     leaver.receive(ipc.Tokens)
-    assert stats(greeted).num_running > 0
+    is_running = stats(greeted).num_running > 0
     leaver.close()
+    assert is_running
     wait_until(lambda: (now := stats(greeted)).num_running == now.num_waiting == 0)
     assert stats(greeted).kv_usage == 0
 
@@ -152,7 +154,7 @@ def test_an_abort_is_carried_out_within_a_step(greeted: RawPeer) -> None:
     [
         (submit(1, prompt_token_ids=()), "invalid_request", "prompt_token_ids"),
         (submit(1, prompt_token_ids=(5000,)), "invalid_request", "prompt_token_ids"),
-        (submit(1, prompt_token_ids=(5,) * 2000), "context_length_exceeded", None),
+        (submit(1, prompt_token_ids=(5,) * 5000), "context_length_exceeded", None),
         (submit(1, SamplingSpec(temperature=-1)), "invalid_request", "temperature"),
         (submit(1, SamplingSpec(temperature=float("nan"))), "invalid_request", "temperature"),
         (submit(1, SamplingSpec(logit_bias={9999: 1.0})), "invalid_request", "logit_bias"),
