@@ -26,6 +26,11 @@ def register(subparsers: Any) -> None:
         "--core", action="append", metavar="[NAME=]URL", help="a core, instead of the file's; may be repeated"
     )
     parser.add_argument("--student-bundle", metavar="DIR", help="the bundle of the edge's own small model")
+    parser.add_argument(
+        "--student-trust",
+        metavar="FILE",
+        help="a trust store, one of whose keys must have signed that bundle",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the effective settings and end")
     parser.set_defaults(run=run)
 
@@ -53,6 +58,7 @@ def effective_config(args: argparse.Namespace) -> EdgeConfig:
         "workers": args.workers,
         "node": args.node,
         "student_bundle": args.student_bundle,
+        "student_trust": args.student_trust,
         "cores": [_core(text, number) for number, text in enumerate(args.core, 1)] if args.core else None,
     }
     return load_config(args.config, environment=os.environ, flags=flags)

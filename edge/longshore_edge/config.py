@@ -132,9 +132,12 @@ class EdgeConfig:
     cache_ttl_s: Annotated[float, Interval(ge=0.01, le=10**9)] = 3600.0
     cache_sampled: SampledCaching = "never"
 
-    # the edge's own small model; `student_model_name` is the one model it stands in for, None is any
+    # the edge's own small model; `student_model_name` is the one model it stands in for, None is any;
+    # `student_trust` is a trust store (docs/bundles.md): with it only what its keys signed is loaded
     student_bundle: str | None = None
     student_model_name: Annotated[str, Len(1, limits.MAX_MODEL_CHARS)] | None = None
+    student_trust: str | None = None
+    student_allow_unsigned: bool = False
     student_max_waiting: Annotated[int, Interval(ge=0, le=1024)] = 8
     student_num_threads: Annotated[int, Interval(ge=1, le=256)] = 1
 
@@ -248,6 +251,8 @@ def _check(config: EdgeConfig) -> None:
         raise ConfigError(f"no client could ask: give [[keys]] or set {API_KEY_VARIABLE}")
     if not config.cores and config.student_bundle is None:
         raise ConfigError("there is nothing to answer: give [[cores]] or student_bundle")
+    if config.student_trust is not None and config.student_bundle is None:
+        raise ConfigError("student_trust needs a student_bundle")
     key = config.private_key()
     for core in config.cores:
         if core.api_key is None and key is None:

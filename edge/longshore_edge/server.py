@@ -24,7 +24,7 @@ from longshore_edge.app import EdgeApp
 from longshore_edge.bundles import BundleShelf
 from longshore_edge.config import EdgeConfig
 from longshore_edge.geo import GeoDatabase
-from longshore_edge.student import open_student
+from longshore_edge.student import check_student, open_student
 from longshore_edge.worker import Worker, prepare_state
 
 _READY_TIMEOUT_S = 60.0
@@ -47,12 +47,22 @@ def check_start(config: EdgeConfig) -> None:
     if config.geo_db is not None:
         GeoDatabase(Path(config.geo_db)).close()
     BundleShelf(config.bundles)
-    try:
-        open_student(config)
-    except BundleError as error:
-        raise ConfigError(f"student_bundle: {error.message}") from None
+    note = _check_student(config)
     if config.cache_path is not None and not Path(config.cache_path).parent.is_dir():
         raise ConfigError(f"cache_path: there is no folder {Path(config.cache_path).parent}")
+    if note:
+        print(f"longshore edge: {note}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _check_student(config: EdgeConfig) -> str:
+    """What the log should know of the student, all of which was checked."""
+    if config.student_bundle is None:
+        return ""
+    try:
+        open_student(config)
+        return check_student(config)
+    except BundleError as error:
+        raise ConfigError(f"student_bundle: {error.message}") from None
 
 
 def serve(config: EdgeConfig) -> int:

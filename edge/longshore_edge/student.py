@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longshore.bundle import installed
+from longshore.bundle import installed, load_bundle, load_trust, read_manifest
 from longshore.errors import BundleError, DeviceError, LongshoreError, UnavailableError
 from longshore.sse import DONE, encode_data
 from longshore.wire import (
@@ -52,6 +52,30 @@ def bundle_folder(path: Path) -> Path:
     return path
 
 
+def trust_file(config: EdgeConfig, folder: Path) -> Path | None:
+    """The trust store that a bundle is held against; None if any is taken, as the settings have it."""
+    if config.student_trust is None:
+        return None
+    is_let_in = config.student_allow_unsigned and read_manifest(folder).key_id is None
+    return None if is_let_in else Path(config.student_trust)
+
+
+def check_student(config: EdgeConfig) -> str:
+    """Check the whole bundle of the settings; a line for the log where no key was asked about it, else "".
+
+    Raises BundleError for a bundle that is not exactly what a trusted key signed, ConfigError for a trust
+    store that can't be used.
+    """
+    assert config.student_bundle is not None
+    folder = bundle_folder(Path(config.student_bundle))
+    trust = trust_file(config, folder)
+    load_bundle(folder, trusted_keys=None if trust is None else load_trust(trust))
+    if trust is not None:
+        return ""
+    why = "there is no student_trust" if config.student_trust is None else "it is unsigned and let in"
+    return f"student_bundle: {folder} is loaded without a signature check, since {why}"
+
+
 class EdgeStudent:
     """One model process of this worker. `start` loads it; until then, and while it fails, it is not ready."""
 
@@ -61,10 +85,13 @@ class EdgeStudent:
         assert config.student_bundle is not None
         self._node = config.node
         self._stands_in_for = config.student_model_name
+        folder = bundle_folder(Path(config.student_bundle))
         settings = DeviceSettings(
-            max_waiting=config.student_max_waiting, num_threads=config.student_num_threads
+            max_waiting=config.student_max_waiting,
+            num_threads=config.student_num_threads,
+            trust=trust_file(config, folder),
         )
-        self._student: Student = Student(bundle_folder(Path(config.student_bundle)), settings=settings)
+        self._student: Student = Student(folder, settings=settings)
         self._calibration: Calibration | None = None
         self._answer_s = PeakEwma(prior_s=0.0)
         self._num_in_flight = 0

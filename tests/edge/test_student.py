@@ -21,16 +21,21 @@ from edge.harness import (
     start_edge,
     stream,
 )
+from longshore.bundle import SigningKey, TrustStore, save_trust
+from longshore.signing import PrivateKey
 from longshore.tier_process import TierProcess
 from longshore.wire import Report, decode
 from longshore_export.bundle import export_student
 from tiny_models import config_of, write_model
 
+OPERATOR = SigningKey("ops", PrivateKey.generate())
+
 
 @pytest.fixture(scope="module")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_model(tmp_path_factory.mktemp("model") / "tiny-student", config_of("llama-tied"), seed=1)
-    return export_student(model, tmp_path_factory.mktemp("bundle") / "tiny-student").path
+    out = tmp_path_factory.mktemp("bundle") / "tiny-student"
+    return export_student(model, out, signing_key=OPERATOR).path
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,11 @@ def far() -> Iterator[CoreProcess]:
 def edge_with_student(
     far: CoreProcess, bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TierProcess]:
-    extra = f'student_bundle = "{bundle_dir}"\nstudent_max_waiting = 1\nfailure_threshold = 2'
-    with start_edge(tmp_path_factory.mktemp("edge"), edge_toml([far], extra)) as process:
+    folder = tmp_path_factory.mktemp("edge")
+    save_trust(folder / "trust.json", TrustStore().with_key(OPERATOR.public))
+    extra = f'student_bundle = "{bundle_dir}"\nstudent_trust = "{folder}/trust.json"\n'
+    extra += "student_max_waiting = 1\nfailure_threshold = 2"
+    with start_edge(folder, edge_toml([far], extra)) as process:
         asyncio.run(_wait_for_student(process))
         yield process
 
