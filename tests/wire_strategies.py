@@ -144,7 +144,13 @@ def _repair_manifest(kwargs: dict[str, Any]) -> dict[str, Any]:
         )
         for n, variant in enumerate(kwargs["variants"])
     ]
-    return kwargs | {"files": tuple(files), "variants": tuple(variants), "tokenizer_file": "part0.bin"}
+    kwargs |= {"files": tuple(files), "variants": tuple(variants), "tokenizer_file": "part0.bin"}
+    if kwargs.get("vision") is None:
+        return kwargs
+    vision = dataclasses.replace(kwargs["vision"], encoder_file="part0.bin")
+    sides = [(n * vision.unit_px, vision.unit_px) for n in range(1, 4)]
+    buckets = tuple(wire.VisionBucket(width, height, width // height) for width, height in sides)
+    return kwargs | {"vision": vision, "vision_buckets": buckets}
 
 
 _REPAIRS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -245,6 +245,13 @@ def manifest_file(size_bytes: int) -> Any:
     return wire.decode(wire.BundleFile, {"path": "a", "sha256": "0" * 64, "size_bytes": size_bytes})
 
 
+def images_of(count: int) -> list[dict[str, Any]]:
+    """Over two messages, since the parts of one have a bound of their own."""
+    [part] = image_of(30)[0]["content"]
+    split = count // 2
+    return [{"role": "user", "content": [part] * number} for number in (split, count - split)]
+
+
 ATTEMPT = {"tier": "edge", "outcome": "failed", "reason": "x"}
 HOP = {"tier": "edge", "node": "n"}
 SEGMENT = {"number": 0, "tier": "core", "node": "n", "model_digest": "0" * 16, "offset": 0}
@@ -277,6 +284,7 @@ AT_BOUND: dict[str, Callable[[int], Any]] = {
     "MAX_CONTENT_PARTS": lambda n: chat(messages=[message_of(n)]),
     "MAX_TEXT_CHARS": lambda n: wire.decode_completion_request({"model": "m", "prompt": "x" * n}),
     "MAX_IMAGE_URL_CHARS": lambda n: chat(messages=image_of(n)),
+    "MAX_IMAGES": lambda n: chat(messages=images_of(n)),
     "MAX_PROMPTS": lambda n: wire.decode_completion_request({"model": "m", "prompt": ["p"] * n}),
     "MAX_PROMPT_TOKENS": lambda n: wire.decode_completion_request({"model": "m", "prompt": [1] * n}),
     "MAX_TOKEN_ID": lambda n: chat(logit_bias={str(n): 1}),
@@ -564,3 +572,28 @@ def test_rules_of_a_manifest(manifest: wire.Manifest) -> None:
     ):
         with pytest.raises(BundleDamagedError):
             wire.load_manifest(changed_manifest(manifest, **bad))
+
+
+@given(instances(wire.Manifest).filter(lambda manifest: manifest.vision is not None))
+def test_rules_of_an_encoder(manifest: wire.Manifest) -> None:
+    assert manifest.vision is not None
+    vision, buckets = encode(manifest.vision), [encode(bucket) for bucket in manifest.vision_buckets]
+    unit = manifest.vision.unit_px
+    for bad in (
+        {"vision": vision | {"encoder_file": "nowhere.onnx"}},
+        {"vision": vision | {"encoder_file": "../part0.bin"}},
+        {"vision": vision | {"image_token_id": -1}},
+        {"vision": vision | {"unit_px": 0}},
+        {"vision": vision | {"unit_px": 1025}},
+        {"vision": vision | {"hidden_size": 65537}},
+        {"vision": vision | {"more": 1}},
+        {"vision": {name: vision[name] for name in vision if name != "hidden_size"}},
+        {"vision_buckets": []},
+        {"vision_buckets": [*buckets, buckets[0]]},
+        {"vision_buckets": [*buckets, {"width_px": unit, "height_px": 2 * unit, "num_tokens": 3}]},
+        {"vision_buckets": [*buckets, {"width_px": 4 * unit + 1, "height_px": unit, "num_tokens": 4}]},
+    ):
+        with pytest.raises(BundleDamagedError):
+            wire.load_manifest(changed_manifest(manifest, **bad))
+    without = {name: value for name, value in encode(manifest).items() if name != "vision"}
+    assert wire.load_manifest(dump_json(without)).vision is None  # sizes alone are what older bundles have

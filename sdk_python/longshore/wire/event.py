@@ -14,6 +14,7 @@ Tier = Literal["device", "edge", "core"]
 TIERS: tuple[Tier, ...] = ("device", "edge", "core")
 FinishReason = Literal["stop", "length"]
 Outcome = Literal["served", "skipped", "failed", "interrupted"]
+ImageReason = Literal["full", "budget", "context", "quickest", "kept"]
 
 Offset = Annotated[int, Interval(ge=0, le=limits.MAX_TOKENS)]
 ByteOffset = Annotated[int, Interval(ge=0, le=2**40)]
@@ -133,8 +134,29 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageUse:
+    """One picture of the prompt: the size it was read at, its tokens, and why it was no larger.
+
+    `why` is `full` where a larger size would add nothing or there is none, `budget` where one was predicted
+    to take too long, `context` where it would not fit beside the text, `quickest` where every size was
+    predicted to take too long, and `kept` where an earlier turn had read the same picture at this size.
+    `predicted_ms` is the time to the first token that the choice went by, None where nothing was measured.
+    """
+
+    ALWAYS_SENT: ClassVar[frozenset[str]] = frozenset({"width_px", "height_px", "num_tokens", "why"})
+    width_px: Annotated[int, Interval(ge=1, le=8192)]
+    height_px: Annotated[int, Interval(ge=1, le=8192)]
+    num_tokens: Annotated[int, Interval(ge=1, le=65536)]
+    why: ImageReason
+    predicted_ms: Milliseconds | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Who answered, what was tried first and where the time went; rides on every answer."""
+    """Who answered, what was tried first and where the time went; rides on every answer.
+
+    `images` are the prompt's pictures in order, as the tier that began the answer read them.
+    """
 
     ALWAYS_SENT: ClassVar[frozenset[str]] = frozenset({"request_id", "served_by", "node", "model_digest"})
     request_id: ShortText
@@ -148,6 +170,7 @@ class Report:
     attempts: Annotated[tuple[Attempt, ...], MaxLen(limits.MAX_ATTEMPTS)] = ()
     hops: Annotated[tuple[Hop, ...], MaxLen(limits.MAX_HOPS)] = ()
     segments: Annotated[tuple[Segment, ...], MaxLen(limits.MAX_SEGMENTS)] = ()
+    images: Annotated[tuple[ImageUse, ...], MaxLen(limits.MAX_IMAGES)] = ()
 
 
 @dataclass(frozen=True, slots=True)

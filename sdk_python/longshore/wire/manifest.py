@@ -123,6 +123,20 @@ class VisionBucket:
 
 
 @dataclass(frozen=True, slots=True)
+class VisionGeometry:
+    """How pictures enter a prompt: the encoder's graph, and the token that each row of its output stands for.
+
+    A picture of width x height pixels is (width / unit_px) * (height / unit_px) tokens of `image_token_id`,
+    and as many rows [num_tokens, hidden_size] from the encoder.
+    """
+
+    encoder_file: BundlePath
+    image_token_id: TokenId
+    unit_px: Annotated[int, Interval(ge=1, le=1024)]
+    hidden_size: Annotated[int, Interval(ge=1, le=65536)]
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a bundle holds and what it needs. `version` only ever grows for one `name`.
 
@@ -144,6 +158,7 @@ class Manifest:
     min_onnxruntime: RuntimeVersion
     opset: Annotated[int, Interval(ge=13, le=100)]
     vision_buckets: Annotated[tuple[VisionBucket, ...], MaxLen(64)] = ()
+    vision: VisionGeometry | None = None
     capabilities: Annotated[dict[str, str | int | float | bool], MaxLen(64)] = field(default_factory=dict)
     key_id: Annotated[str, MaxLen(64)] | None = None
     expires_at: Annotated[int, Interval(ge=0, le=2**53)] | None = None
@@ -158,12 +173,32 @@ class Manifest:
         if len({variant.name for variant in self.variants}) != len(self.variants):
             raise InvalidRequestError("names a variant twice", param="variants")
         graphs = [graph for item in self.variants for graph in (item.file, item.prefill_file) if graph]
-        for needed in (self.tokenizer_file, *graphs):
+        encoders = [self.vision.encoder_file] if self.vision is not None else []
+        for needed in (self.tokenizer_file, *graphs, *encoders):
             if needed not in paths:
                 raise InvalidRequestError(f"does not list {needed}", param="files")
         for path in folded:
             if any(str(parent) in folded for parent in PurePosixPath(path).parents):
                 raise InvalidRequestError(f"{path} lies below another file", param="files")
+        if self.vision is not None:
+            _check_buckets(self.vision, self.vision_buckets)
+
+
+def _check_buckets(vision: VisionGeometry, buckets: tuple[VisionBucket, ...]) -> None:
+    """An encoder needs sizes to run at, each a whole number of its units and with the tokens that makes."""
+    if not buckets:
+        raise InvalidRequestError("must hold a size where there is an encoder", param="vision_buckets")
+    if len({(bucket.width_px, bucket.height_px) for bucket in buckets}) != len(buckets):
+        raise InvalidRequestError("names a size twice", param="vision_buckets")
+    for bucket in buckets:
+        columns, width_rest = divmod(bucket.width_px, vision.unit_px)
+        rows, height_rest = divmod(bucket.height_px, vision.unit_px)
+        if width_rest or height_rest or bucket.num_tokens != columns * rows:
+            raise InvalidRequestError(
+                f"{bucket.width_px} x {bucket.height_px} at {bucket.num_tokens} tokens is not what units of "
+                f"{vision.unit_px} pixels make",
+                param="vision_buckets",
+            )
 
 
 def load_manifest(body: bytes) -> Manifest:

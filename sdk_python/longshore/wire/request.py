@@ -287,6 +287,8 @@ class ChatRequest(GenerationRequest):
             raise InvalidRequestError("needs logprobs to be true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise InvalidRequestError("can't stand beside max_tokens", param="max_completion_tokens")
+        if sum(len(message.images) for message in self.messages) > limits.MAX_IMAGES:
+            raise OutOfRangeError(f"must hold at most {limits.MAX_IMAGES} images", param="messages")
 
     @property
     def token_limit(self) -> int | None:
