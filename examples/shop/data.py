@@ -18,7 +18,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from shop.chat import END, PREFIX, render, system_message
-from shop.question import KINDS, Kind, make_question
+from shop.question import KINDS, Kind, Question, make_question
 from shop.sheet import Sheet, Split, make_sheet, split_rng
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class Curriculum:
         return cls(**json.loads((folder / "curriculum.json").read_text(encoding="utf-8")))
 
 
-def turns(rng: Random, sheet: Sheet, num_turns: int) -> Iterator[str]:
-    """`num_turns` rendered question and answer pairs, few of them twice."""
+def questions(rng: Random, sheet: Sheet, num_questions: int) -> Iterator[Question]:
+    """`num_questions` questions about one sheet, few of them twice."""
     asked: set[str] = set()
-    kinds = rng.choices(KINDS, [KIND_WEIGHTS[kind] for kind in KINDS], k=num_turns)
+    kinds = rng.choices(KINDS, [KIND_WEIGHTS[kind] for kind in KINDS], k=num_questions)
     for kind in kinds:
         question = make_question(rng, sheet, kind)
         for _ in range(3):
@@ -60,6 +60,12 @@ def turns(rng: Random, sheet: Sheet, num_turns: int) -> Iterator[str]:
                 break
             question = make_question(rng, sheet, rng.choice(KINDS[:-1]))
         asked.add(question.check)
+        yield question
+
+
+def turns(rng: Random, sheet: Sheet, num_turns: int) -> Iterator[str]:
+    """The same, rendered with their answers."""
+    for question in questions(rng, sheet, num_turns):
         yield f"{PREFIX['user']}{question.text}{END}{PREFIX['assistant']}{question.answer}{END}"
 
 
