@@ -27,7 +27,7 @@ from longshore.bundle import (
     write_signing_key,
 )
 from longshore.errors import BundleError, ConfigError, LongshoreError
-from longshore.signing import PrivateKey, encode_base64url
+from longshore.signing import PrivateKey, decode_base64url, encode_base64url
 
 KEYS = {name: PrivateKey(encode_base64url(bytes([number]) * 32)) for number, name in enumerate("abcd", 1)}
 NOW_S = 1000
@@ -39,6 +39,13 @@ def public(name: str, **times: int) -> OperatorKey:
 
 def rotation(old: str, new: str, **times: int) -> str:
     return sign_rotation(old, KEYS[old], public(new, **times))
+
+
+def said_twice(old: str, new: str) -> str:
+    """Signed rightly, but other readers could take the other of the two names."""
+    payload = decode_base64url(rotation(old, new).partition(".")[0])[:-1] + b',"old_key_id":"a"}'
+    signature = KEYS[old].sign(b"longshore-key-rotation-1\n" + payload)
+    return f"{encode_base64url(payload)}.{encode_base64url(signature)}"
 
 
 def good(store: TrustStore, now_s: int = NOW_S) -> set[str]:
@@ -75,6 +82,7 @@ def test_a_chain_leads_from_key_to_key() -> None:
         rotation("a", "c") + "A",
         rotation("a", "c").replace(".", "..", 1),
         encode_base64url(b"{}") + "." + rotation("a", "c").partition(".")[2],
+        said_twice("a", "c"),
     ],
 )
 def test_what_does_not_verify_teaches_nothing(statement: str) -> None:

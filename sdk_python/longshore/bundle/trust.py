@@ -5,6 +5,7 @@ Decides by what is in the file and the time it is given; never fetches a key.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from longshore.bundle.files import replace_file
 from longshore.errors import BundleError, ConfigError, InvalidRequestError, LongshoreError
 from longshore.signing import PrivateKey, PublicKey, decode_base64url, encode_base64url
 from longshore.wire import decode, dump_json, encode, load_json_object
+from longshore.wire.jsontext import refuse_twice
 
 MAX_KEYS = 64
 MAX_TRUST_BYTES = 256 * 1024
@@ -135,7 +137,9 @@ class TrustStore:
     def _learn(self, text: str, now_s: float) -> OperatorKey | None:
         try:
             payload, signature = _split(text)
-            statement = decode(_Statement, load_json_object(payload, max_bytes=MAX_STATEMENT_CHARS))
+            fields = load_json_object(payload, max_bytes=MAX_STATEMENT_CHARS)
+            json.loads(payload, object_pairs_hook=refuse_twice)
+            statement = decode(_Statement, fields)
             old_key = self.key_for(statement.old_key_id, now_s)
         except (LongshoreError, ValueError):
             return None

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any, NoReturn
 
-from longshore.errors import BodyTooLargeError, MalformedBodyError
+from longshore.errors import BodyTooLargeError, InvalidRequestError, MalformedBodyError
 from longshore.wire.limits import MAX_BODY_BYTES, MAX_JSON_DEPTH
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -52,6 +52,12 @@ def load_json_object(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> d
     if not isinstance(value, dict):
         raise MalformedBodyError("the body must be a JSON object")
     return value
+
+
+def refuse_twice(pairs: list[tuple[str, Any]]) -> None:
+    """A hook of json.loads: of a field that stands twice, readers in other languages may take the other one."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise InvalidRequestError("a field stands twice")
 
 
 def dump_json(value: Any) -> bytes:

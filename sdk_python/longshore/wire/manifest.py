@@ -15,7 +15,7 @@ from annotated_types import Interval, Len, MaxLen, Predicate
 
 from longshore.errors import BundleDamagedError, InvalidRequestError, LongshoreError
 from longshore.wire import limits
-from longshore.wire.jsontext import load_json_object
+from longshore.wire.jsontext import load_json_object, refuse_twice
 from longshore.wire.request import ModelDigest, TokenId
 from longshore.wire.schema import decode
 
@@ -205,13 +205,7 @@ def load_manifest(body: bytes) -> Manifest:
     """Parse a manifest; raises BundleDamagedError with the field at fault."""
     try:
         value: dict[str, Any] = load_json_object(body, max_bytes=limits.MAX_MANIFEST_BYTES)
-        json.loads(body, object_pairs_hook=_refuse_twice)
+        json.loads(body, object_pairs_hook=refuse_twice)
         return decode(Manifest, value)
     except LongshoreError as error:
         raise BundleDamagedError(f"the manifest can't be used: {error.message}") from None
-
-
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
-    """Of a field that stands twice, readers in other languages may take the other one."""
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise InvalidRequestError("a field stands twice")
