@@ -22,6 +22,7 @@ from longshore_server.native.errors import (
     PromptTooLongError,
     RanksLostError,
 )
+from longshore_server.native.images import ImageInput, PlacedImage
 from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
 from longshore_server.native.ranks.start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
@@ -82,6 +83,9 @@ class NativeEngine:
             offload=built.offload,
         )
         self._offload = built.offload
+        self._images = built.images
+        if built.images is not None:
+            self.capabilities |= {"images"}
         if built.offload is not None:
             self.capabilities |= {"swap"}
         # Offload moves KV between steps and needs the host's books to be up to date.
@@ -107,11 +111,13 @@ class NativeEngine:
         priority: int = 0,
         deadline_s: float | None = None,
         continue_from: SequenceOf[int] = (),
+        images: SequenceOf[ImageInput] = (),
     ) -> None:
         """Queues a request; raises InvalidRequestError (or a subclass) or QueueFullError and changes nothing.
 
         `priority`: smaller is served first. `deadline_s`: on the engine's clock. `continue_from`: the
         answer's tokens so far, which are computed again and count for limits, penalties and randomness.
+        `images`: those that the prompt's image tokens stand for, in their order.
         """
         if request_id in self._scheduler:
             raise DuplicateRequestError(request_id)
@@ -127,6 +133,7 @@ class NativeEngine:
             arrival=next(self._arrivals),
             deadline_s=deadline_s,
             continue_from=continue_from,
+            images=self._place_images(prompt_token_ids, images),
         )
         self._scheduler.add(sequence)
         ending = sequence.ending()
@@ -152,6 +159,15 @@ class NativeEngine:
         num_tokens = len(prompt_token_ids) + len(continue_from)
         if num_tokens > self.max_model_len or len(prompt_token_ids) == self.max_model_len:
             raise PromptTooLongError(num_tokens, self.max_model_len)
+
+    def _place_images(
+        self, prompt_token_ids: SequenceOf[int], images: SequenceOf[ImageInput]
+    ) -> tuple[PlacedImage, ...]:
+        if self._images is not None:
+            return self._images.place(prompt_token_ids, images)
+        if images:
+            raise InvalidRequestError("images", "this model takes none")
+        return ()
 
     def abort(self, request_id: str) -> bool:
         """Ends a request now; the next step reports it as "abort". False if it is not here."""

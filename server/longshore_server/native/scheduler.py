@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.errors import DuplicateRequestError, QueueFullError
+from longshore_server.native.images import MAX_STEP_PIXELS, fit_pixels
 from longshore_server.native.outputs import FinishReason
 from longshore_server.native.prefix import KnownPrefix, Offload, find_prefix, unit_keys
 from longshore_server.native.sequence import Sequence, SequenceStatus
@@ -200,7 +201,7 @@ class Scheduler:
 
     def _fill_step(self, step: Schedule) -> None:
         """Gives running sequences their tokens by rank; each leaves one token for every one after it."""
-        budget = self.max_num_batched_tokens
+        budget, max_pixels = self.max_num_batched_tokens, MAX_STEP_PIXELS
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -209,6 +210,13 @@ class Scheduler:
                 continue
             num_later = len(self.running) - index - 1
             num_tokens = min(sequence.num_uncomputed_tokens, budget - num_later)
+            if sequence.images:
+                start = sequence.num_computed_tokens
+                num_tokens, num_pixels = fit_pixels(sequence.images, start, num_tokens, max_pixels)
+                max_pixels -= num_pixels
+                if not num_tokens:
+                    index += 1  # its image waits for the next step
+                    continue
             if not self._make_room(sequence, num_tokens, step):
                 break  # it was the last-ranked one and has been preempted itself
             step.chunks.append(Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed_tokens))

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from enum import Enum
 
+from longshore_server.native.images import PlacedImage, content_digest
 from longshore_server.native.outputs import FinishReason
 from longshore_server.native.sampling_params import SamplingParams
 
@@ -31,6 +32,7 @@ class Sequence:
         "block_table",
         "deadline_s",
         "finish_reason",
+        "images",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -62,9 +64,11 @@ class Sequence:
         arrival: int = 0,
         deadline_s: float | None = None,
         continue_from: SequenceOf[int] = (),
+        images: tuple[PlacedImage, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *continue_from]
+        self.images = images  # in the prompt, by place
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
         self.tenant = tenant
@@ -134,19 +138,24 @@ class Sequence:
     def digest_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Chained digests of the first `num_blocks` full blocks; the chain starts from the tenant.
 
-        A digest names a block's tokens and all before them, for one tenant: equal digests mean equal KV.
-        SHA-256 because a client chooses the tokens and must not be able to forge a match.
+        A digest names a block's tokens, the images they stand for and all before them, for one tenant: equal
+        digests mean equal KV. SHA-256 because a client chooses the tokens and must not be able to forge a
+        match.
         """
         digests = self.block_digests
         for index in range(len(digests), num_blocks):
             parent = digests[-1] if digests else hashlib.sha256(self.tenant.encode()).digest()
-            tokens = array("q", self.token_ids[index * block_size : (index + 1) * block_size])
-            digests.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+            content = self._content(index * block_size, (index + 1) * block_size)
+            digests.append(hashlib.sha256(parent + content).digest())
         return digests[:num_blocks]
 
     def digest_tail(self, num_tokens: int, block_size: int) -> bytes:
         """The digest of the first `num_tokens`, which end inside a block; never that of a full block."""
         num_full = num_tokens // block_size
         parent = self.digest_blocks(num_full, block_size)[-1:] or [self.tenant.encode()]
-        tokens = array("q", self.token_ids[num_full * block_size : num_tokens])
-        return hashlib.sha256(b"tail" + parent[0] + tokens.tobytes()).digest()
+        content = self._content(num_full * block_size, num_tokens)
+        return hashlib.sha256(b"tail" + parent[0] + content).digest()
+
+    def _content(self, start: int, stop: int) -> bytes:
+        tokens = array("q", self.token_ids[start:stop]).tobytes()
+        return tokens + content_digest(self.images, start, stop) if self.images else tokens

@@ -18,8 +18,10 @@ from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from longshore_server.native.images import ImageGeometry
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
+from longshore_server.native.model.vision import ImageEmbedder
 from longshore_server.native.offload.kv_offload import KVOffload, open_offload
 from longshore_server.native.offload.spec import parse_kv_swap
 from longshore_server.native.ranks.links import RankLinks
@@ -44,6 +46,7 @@ class BuiltModel:
     batch_invariant: bool
     page_bounds: PageBounds | None = None
     offload: KVOffload | None = None
+    images: ImageGeometry | None = None  # None where the model does not see
 
 
 def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
@@ -67,15 +70,18 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     bounds = None
     if sparsity is not None:
         bounds = PageBounds(cache, set(range(len(geometries))) - sparsity.dense_layers)
+    embedder = None
+    if loaded.tower is not None:
+        embedder = ImageEmbedder(loaded.tower, loaded.model.get_input_embeddings())
     if device.type == "cuda" and links is None and sparsity is None:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
-        runner: Runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len)
+        runner: Runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, embedder)
     else:
         attention = select_attention(
             device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds
         )
-        runner = ModelRunner(loaded.model, cache, device, attention)
+        runner = ModelRunner(loaded.model, cache, device, attention, embedder)
     return BuiltModel(
         runner=runner,
         page_bounds=bounds,
@@ -85,6 +91,7 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
         vocab_size=loaded.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
         batch_invariant=batch_invariant,
+        images=None if embedder is None else embedder.geometry,
     )
 
 

@@ -35,6 +35,7 @@ from longshore_server.native.gpu.step_inputs import (
     token_ids,
 )
 from longshore_server.native.gpu.triton_sampling import sample_rows
+from longshore_server.native.model.vision import ImageEmbedder, model_inputs, shows_image
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence
@@ -52,10 +53,16 @@ class GpuRunner:
     overlaps = True
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedKVCache, max_num_seqs: int, max_model_len: int
+        self,
+        model: PreTrainedModel,
+        cache: PagedKVCache,
+        max_num_seqs: int,
+        max_model_len: int,
+        embedder: ImageEmbedder | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
+        self._embedder = embedder
         self.device = cache.device
         self._is_cuda = cache.device.type == "cuda"
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
@@ -92,7 +99,7 @@ class GpuRunner:
         seats = [self._seats.place(chunk.sequence, updates) for chunk in chunks]
         self._upload(updates)
         bucket = bucket_of(len(chunks))
-        if bucket is not None and all(c.num_tokens == 1 and c.samples for c in chunks):
+        if bucket is not None and all(_is_decode(chunk) for chunk in chunks):
             logits, sampled = self._graphs.run(self._pack_decode(chunks, seats, bucket), bucket)
         else:
             logits, sampled = self._mixed_forward(chunks, seats)
@@ -133,7 +140,7 @@ class GpuRunner:
         seats, tokens, positions, row_slots, lens = rows[:5]
         known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
         tables = StepTables(row_slots, self._seats.block_tables, bucket, seats, lens)
-        logits = self._logits(known, positions, 0, tables)
+        logits = self._logits({"input_ids": known[None]}, positions, 0, tables)
         sampled = torch.empty_like(seats)
         temperatures = rows[5].view(torch.float64)
         keys = rows[6:].reshape(bucket, 2)
@@ -178,7 +185,8 @@ class GpuRunner:
             _spans(of, "paged") if fresh and len(fresh) < len(chunks) - num_decodes else None,
         )
         known = torch.where(of("tokens") >= 0, of("tokens"), self._seats.last_tokens[of("token_seats")])
-        logits = self._logits(known, of("positions"), of("sample_rows"), tables)
+        rows = model_inputs(self._embedder, known, chunks)
+        logits = self._logits(rows, of("positions"), of("sample_rows"), tables)
         sampled = torch.empty(len(samples), dtype=torch.int64, device=self.device)
         if samples:
             temperatures = of("temperatures").view(torch.float64)
@@ -221,13 +229,13 @@ class GpuRunner:
 
     def _logits(
         self,
-        tokens: torch.Tensor,
+        inputs: dict[str, torch.Tensor],  # [1, tokens, ...]
         positions: torch.Tensor,
         rows: torch.Tensor | int,  # 0 for all
         tables: StepTables,
     ) -> torch.Tensor:
         output = self.model(
-            input_ids=tokens[None],  # [1, tokens]
+            **inputs,
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
@@ -260,6 +268,11 @@ class GpuRunner:
             return tokens
 
         return read
+
+
+def _is_decode(chunk: Chunk) -> bool:
+    """Whether a captured graph can compute it: one known row, which shows no image."""
+    return chunk.num_tokens == 1 and chunk.samples and not shows_image(chunk)
 
 
 def _token(token_id: int) -> SampledToken:

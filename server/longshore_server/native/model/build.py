@@ -19,6 +19,7 @@ from longshore_server.native.model import fuse, products
 from longshore_server.native.model.file_weights import FileWeights, has_own_names
 from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
 from longshore_server.native.model.random_weights import RandomWeights
+from longshore_server.native.model.vision import is_seeing, language_model
 
 
 class WeightSource(Protocol):
@@ -32,8 +33,8 @@ class LayerFinisher:
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self._to_fp8 = config.quantization == "fp8"
-        self._fuses = config.fuses_layers and fuse.can_fuse(model)
-        self._model = model
+        self._model = language_model(model)
+        self._fuses = config.fuses_layers and fuse.can_fuse(self._model)
         self._layers = decoder_layers(model)
 
     def finish_layer(self, index: int) -> None:
@@ -61,7 +62,7 @@ def build_from_files(
 ) -> PreTrainedModel:
     """The folder's safetensors; raises ModelLoadError for weights that are damaged, missing or too much."""
     model = build_on_meta(hf_config, dtype)
-    if not has_own_names(model, folder):
+    if not has_own_names(model, folder) and not is_seeing(hf_config):
         return _convert(folder, hf_config, dtype, config)
     device = torch.device(config.device)
     with FileWeights(model, folder, device) as source:
@@ -75,7 +76,7 @@ def _fill(
     finisher = LayerFinisher(model, config)
     for index, (_, parameters) in enumerate(parts(model)):
         source.fill(parameters)
-        if index < model.config.num_hidden_layers and len(decoder_layers(model)):
+        if index < len(decoder_layers(model)):
             finisher.finish_layer(index)
     fill_buffers(model, device)
     finisher.finish_model()

@@ -103,12 +103,13 @@ class FusedDecoder(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [1, tokens]
+        input_ids: torch.Tensor | None,  # [1, tokens]
         position_ids: torch.Tensor,  # [1, tokens]
+        inputs_embeds: torch.Tensor | None = None,  # [1, tokens, hidden], in place of ids
         **arguments: Any,
     ) -> BaseModelOutputWithPast:
         context: AttentionContext = arguments[CONTEXT_KEYWORD]
-        embedded = self.embed_tokens(input_ids)
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cos, sin = (each[0].contiguous() for each in self.rotary_emb(embedded, position_ids))
         x, residual = ScaledOutput(embedded[0]), None
         for layer in self.layers:

@@ -21,6 +21,7 @@ from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ModelLoadError, NativeEngineError, UnsupportedModelError
 from longshore_server.native.model.build import build_from_files, build_random
 from longshore_server.native.model.placement import build_share
+from longshore_server.native.model.vision import VisionTower, is_seeing, language_model
 from longshore_server.native.ranks.links import RankLinks
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -32,13 +33,14 @@ BATCH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in evaluation mode, and what the engine needs to know of it."""
+    """A language model in evaluation mode, and what the engine needs to know of it; `tower` where it sees."""
 
     model: PreTrainedModel
     num_layers: int
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]
+    tower: VisionTower | None = None
 
 
 def read_model_config(config: EngineConfig) -> tuple[dict[str, Any], PreTrainedConfig, int]:
@@ -54,8 +56,9 @@ def read_model_config(config: EngineConfig) -> tuple[dict[str, Any], PreTrainedC
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise ModelLoadError(f"{folder}/config.json is not usable: {_one_line(error)}") from error
-    max_model_len = _max_model_len(hf_config, config)
-    _check_supported(hf_config, raw, max_model_len)
+    text_config = hf_config.get_text_config()
+    max_model_len = _max_model_len(text_config, config)
+    _check_supported(text_config, raw, max_model_len)
     return raw, hf_config, max_model_len
 
 
@@ -71,13 +74,16 @@ def load_model(config: EngineConfig, links: RankLinks | None = None) -> LoadedMo
         model = _build(folder, hf_config, dtype, config)
     else:
         model = _build_share(folder, hf_config, dtype, config, links)
-    model.train(False).requires_grad_(False)
+    for each in (model, language_model(model)):
+        each.train(False).requires_grad_(False)
+    text_config = hf_config.get_text_config()
     return LoadedModel(
-        model=model,
-        num_layers=hf_config.num_hidden_layers,
-        vocab_size=hf_config.vocab_size,
+        model=language_model(model),
+        num_layers=text_config.num_hidden_layers,
+        vocab_size=text_config.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(folder, raw),
+        tower=VisionTower(model) if is_seeing(hf_config) else None,
     )
 
 
@@ -119,7 +125,8 @@ def _check_weight_files(folder: Path) -> None:
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
     """The ending tokens that generation_config.json names, else config.json's."""
     generation = _read_json(folder / "generation_config.json")
-    value = generation.get("eos_token_id", raw.get("eos_token_id"))
+    own = raw.get("eos_token_id", (raw.get("text_config") or {}).get("eos_token_id"))
+    value = generation.get("eos_token_id", own)
     values = value if isinstance(value, list) else [value]
     return frozenset(token for token in values if isinstance(token, int))
 

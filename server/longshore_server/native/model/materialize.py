@@ -12,11 +12,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from longshore_server.native.attention import interface
+from longshore_server.native.model.vision import build_seeing, is_seeing, language_part
 
 
 def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model's class with shapes only."""
     with torch.device("meta"):
+        if is_seeing(hf_config):
+            return build_seeing(hf_config, dtype)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             hf_config, dtype=dtype, attn_implementation=interface.ATTENTION_NAME, trust_remote_code=False
         )
@@ -25,8 +28,8 @@ def build_on_meta(hf_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrained
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of layers that is as long as the config says; an empty list where there is none."""
-    count = model.config.num_hidden_layers
-    for module in model.modules():
+    count = model.config.get_text_config().num_hidden_layers
+    for module in language_part(model).modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) == count:
             return layers

@@ -17,6 +17,7 @@ from longshore_server.native.errors import ConfigError, UnsupportedModelError
 from longshore_server.native.model.materialize import build_on_meta, fill_buffers
 from longshore_server.native.model.shard import SafetensorsSlices, fill, fill_random
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan, check_heads, connect
+from longshore_server.native.model.vision import is_seeing
 from longshore_server.native.ranks.links import RankLinks
 
 ATTENTION_RANK = 0
@@ -24,11 +25,17 @@ FEED_FORWARD_RANK = 1
 
 
 def check_ranks(config: EngineConfig, hf_config: Any) -> None:
-    """Raises ConfigError, before any rank is started, when model or machine cannot be shared out so."""
+    """Raises ConfigError or UnsupportedModelError, before any rank is started, when model or machine cannot
+    be shared out so.
+    """
     if config.device == "cuda" and torch.cuda.device_count() < config.num_ranks:
         raise ConfigError(
             "tensor_parallel_size" if config.placement == "tensor_parallel" else "placement",
             f"{config.num_ranks} ranks need as many GPUs, there are {torch.cuda.device_count()}",
+        )
+    if is_seeing(hf_config):
+        raise UnsupportedModelError(
+            f"{hf_config.model_type} takes images, which one rank serves, not several"
         )
     if config.placement == "tensor_parallel":
         check_heads(hf_config, config.num_ranks)
