@@ -8,6 +8,7 @@
     |   |   |-- UnsupportedParameterError 400 unsupported_parameter
     |   |   |-- OutOfRangeError         400 out_of_range
     |   |   |-- PromptTooLongError      400 context_length_exceeded
+    |   |   |-- InvalidImageError       400 invalid_image
     |   |   `-- BadMessageError         400 bad_message        (WebSocket)
     |   |-- AuthenticationError         401 invalid_api_key
     |   |-- PermissionDeniedError       403 permission_denied
@@ -68,6 +69,7 @@ __all__ = [
     "EngineFailedError",
     "ExportError",
     "InternalError",
+    "InvalidImageError",
     "InvalidRequestError",
     "LongshoreError",
     "MalformedBodyError",
@@ -190,6 +192,12 @@ class PromptTooLongError(InvalidRequestError):
     """The prompt does not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class InvalidImageError(InvalidRequestError):
+    """A picture that can't be taken: no PNG, JPEG or WebP, broken, animated, or too large to be decoded."""
+
+    code = "invalid_image"
 
 
 class BadMessageError(InvalidRequestError):
