@@ -32,6 +32,7 @@ _FLAGS = {
     "kv_cache_dtype": "auto, or fp8 for a KV cache of half the size, on a GPU",
     "gpu_memory_fraction": "share of a GPU's memory that is used, 0.9 by default",
     "max_num_batched_tokens": "tokens in one step; 512 on a CPU and 8192 on a GPU by default",
+    "itl_target_ms": "milliseconds between two tokens that other prompts may not stretch",
     "max_waiting": "requests that may wait",
     "drain_timeout_s": "how long a stop waits for answers under way",
     "log_level": "debug, info, warning or error",

@@ -115,6 +115,7 @@ class CoreConfig:
     gpu_memory_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
     max_num_seqs: Annotated[int, Interval(ge=1, le=4096)] = 64
     max_num_batched_tokens: Count | None = None
+    itl_target_ms: Annotated[float, Interval(gt=0, le=1e6)] | None = None
     max_waiting: Annotated[int, Interval(ge=0, le=1 << 20)] = 1024
     enable_prefix_cache: bool = True
     batch_invariant: bool | None = None

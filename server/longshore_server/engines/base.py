@@ -108,6 +108,7 @@ class EngineStats:
     num_generated_tokens: int = 0
     num_finished: int = 0
     num_failed: int = 0
+    num_steps_over_target: int = 0
     num_held: int = 0
     num_swaps_chosen: int = 0
     num_recomputes_chosen: int = 0

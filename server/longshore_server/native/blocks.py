@@ -37,6 +37,9 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - self.num_available
 
+    def is_used(self, block: int) -> bool:
+        return self._ref_counts[block] > 0
+
     @property
     def usage(self) -> float:
         """Share of the blocks that are referenced, 0..1."""

@@ -28,7 +28,9 @@ class EngineConfig:
     `num_kv_blocks` blocks of `block_size` tokens, or as many as `kv_memory_bytes` holds; with neither, enough
     for every running sequence, within a bound, or on a GPU what `gpu_memory_fraction` of its memory leaves
     beside the weights; `kv_cache_dtype` "fp8" halves a block. `max_num_batched_tokens` of None is 512 on a
-    CPU and 8192 on a GPU. `max_model_len` of None takes the model's own limit.
+    CPU and 8192 on a GPU. `itl_target_ms` bounds the time between two tokens of an answer: a step that
+    decodes takes in only so much of other prompts as is predicted to fit. `max_model_len` of None takes the
+    model's own limit.
     In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
     chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
     `quantization` "fp8" keeps the layers' weights in FP8 with a scale per output channel, and computes with
@@ -56,6 +58,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    itl_target_ms: float | None = None
     max_num_waiting: int = 1024
     enable_prefix_cache: bool = True
     batch_invariant: bool | None = None
@@ -116,6 +119,11 @@ class EngineConfig:
         return max(CPU_TOKEN_BUDGET if self.device == "cpu" else GPU_TOKEN_BUDGET, self.max_num_seqs)
 
     @property
+    def may_be_compiled(self) -> bool:
+        """Whether a known architecture's steps may be compiled code, where there is a compiler."""
+        return self.fuse_layers is None and self.num_ranks == 1 and self.may_be_batch_invariant
+
+    @property
     def may_be_batch_invariant(self) -> bool:
         is_exact = self.device == "cpu" and self.dtype in ("auto", "float32") and not self.fuses_layers
         return is_exact and parse_sparsity(self.attention_sparsity) is None
@@ -134,6 +142,8 @@ class EngineConfig:
         check_int(ConfigError, "block_size", self.block_size, 1, 1024)
         check_int(ConfigError, "max_num_seqs", self.max_num_seqs, 1, 4096)
         check_float(ConfigError, "gpu_memory_fraction", self.gpu_memory_fraction, 0.0, 1.0, open_low=True)
+        if self.itl_target_ms is not None:
+            check_float(ConfigError, "itl_target_ms", self.itl_target_ms, 0.0, 1e6, open_low=True)
         check_int(ConfigError, "max_num_waiting", self.max_num_waiting, 0, 1 << 20)
         check_int(ConfigError, "tensor_parallel_size", self.tensor_parallel_size, 1, MAX_RANKS)
         if self.kv_swap and self.num_ranks > 1:

@@ -23,12 +23,13 @@ from longshore_server.native.errors import (
     RanksLostError,
 )
 from longshore_server.native.images import ImageInput, PlacedImage
-from longshore_server.native.outputs import EngineStats, FinishReason, TokenOutput
+from longshore_server.native.outputs import EngineStats, FinishReason, StepStats, TokenOutput
 from longshore_server.native.ranks.start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.scheduler import Chunk, Schedule, Scheduler
 from longshore_server.native.sequence import Sequence, SequenceStatus
+from longshore_server.native.step_time import StepBudget, StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,20 @@ class Launch:
 
     chunks: list[Chunk]
     read: Callable[[], SequenceOf[ChunkResult]]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that is under way, and when its launch began, on the engine's clock."""
+
+    launches: list[Launch]
+    started_s: float
+
+    def sizes(self) -> tuple[int, int]:
+        """Rows of one token, and tokens of longer chunks."""
+        sizes = [chunk.num_tokens for launch in self.launches for chunk in launch.chunks]
+        num_decodes = sizes.count(1)
+        return num_decodes, sum(sizes) - num_decodes
 
 
 class NativeEngine:
@@ -74,6 +89,8 @@ class NativeEngine:
         self.max_model_len = built.max_model_len
         self.batch_invariant = built.batch_invariant
         self._runner = built.runner
+        self._step_times = StepTimes()
+        self.last_step: StepStats | None = None
         self._scheduler = Scheduler(
             BlockPool(built.num_kv_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
@@ -81,6 +98,7 @@ class NativeEngine:
             max_num_waiting=config.max_num_waiting,
             enable_prefix_cache=config.enable_prefix_cache,
             offload=built.offload,
+            step_budget=_step_budget(config, self._step_times),
         )
         self._offload = built.offload
         self._images = built.images
@@ -90,7 +108,8 @@ class NativeEngine:
             self.capabilities |= {"swap"}
         # Offload moves KV between steps and needs the host's books to be up to date.
         self._overlaps = built.runner.overlaps and built.offload is None
-        self._in_flight: list[Launch] = []  # of the last step, when steps overlap
+        self._in_flight = LaunchedStep([], 0.0)  # the last step, when steps overlap
+        self._settled_s = float("-inf")  # when the last step's tokens were there
         self._arrivals = count()
         self._endings: list[TokenOutput] = []  # of requests that ended outside a step
         self._num_steps = 0
@@ -98,6 +117,7 @@ class NativeEngine:
         self._num_generated_tokens = 0
         self._num_finished = 0
         self._num_failed = 0
+        self._num_steps_over_target = 0
 
     # --- requests ---
 
@@ -214,21 +234,19 @@ class NativeEngine:
         """
         outputs = self._settle() if self._must_settle_first() else []
         schedule = self._schedule()
-        start_s = time.perf_counter()
-        launches = self._launch(schedule)
+        step = LaunchedStep([], self._clock())
+        step.launches.extend(self._launch(schedule))
         if self._overlaps:
-            launches, self._in_flight = self._in_flight, launches
-        outputs += self._postprocess(launches)
-        self._note_speed(schedule, time.perf_counter() - start_s)
-        return outputs
+            step, self._in_flight = self._in_flight, step
+        return outputs + self._postprocess(step)
 
     def _must_settle_first(self) -> bool:
         """A penalty needs the token that is in flight before the next one can be drawn."""
-        return bool(self._in_flight) and any(s.params.has_penalties for s in self._scheduler.running)
+        return bool(self._in_flight.launches) and any(s.params.has_penalties for s in self._scheduler.running)
 
     def _settle(self) -> list[TokenOutput]:
-        launches, self._in_flight = self._in_flight, []
-        return self._postprocess(launches)
+        step, self._in_flight = self._in_flight, LaunchedStep([], 0.0)
+        return self._postprocess(step)
 
     def _schedule(self) -> Schedule:
         schedule = self._scheduler.schedule(self._clock())
@@ -249,11 +267,22 @@ class NativeEngine:
             losers = self._scheduler.recompute(lost)
             schedule.chunks = [chunk for chunk in schedule.chunks if chunk.sequence not in losers]
 
-    def _note_speed(self, schedule: Schedule, elapsed_s: float) -> None:
-        """Steps that are mostly prefill tell what computing a token takes."""
-        num_tokens = sum(chunk.num_tokens for chunk in schedule.chunks)
-        if self._offload is not None and num_tokens > 2 * len(schedule.chunks):
-            self._offload.note_computed(num_tokens, elapsed_s)
+    def _note_step(self, step: LaunchedStep) -> None:
+        """Learns from a step whose tokens are here. Its time is the gap to the step before, if it was under
+        way by then: that is what the client of an answer sees.
+        """
+        now_s = self._clock()
+        seconds = now_s - max(step.started_s, self._settled_s)
+        self._settled_s = now_s
+        num_decodes, num_prefill = step.sizes()
+        line = self._step_times.line if num_prefill else None
+        predicted_s = None if line is None else line.seconds(num_decodes + num_prefill)
+        self.last_step = StepStats(num_decodes, num_prefill, seconds, predicted_s)
+        self._step_times.note(num_decodes, num_prefill, seconds)
+        target_ms = self.config.itl_target_ms
+        self._num_steps_over_target += bool(num_decodes and target_ms and 1e3 * seconds > target_ms)
+        if self._offload is not None and num_prefill > num_decodes:  # mostly prefill: what a token takes
+            self._offload.note_computed(num_decodes + num_prefill, seconds)
 
     def _launch(self, schedule: Schedule) -> list[Launch]:
         self._runner.clear_blocks(schedule.new_blocks)
@@ -278,11 +307,15 @@ class NativeEngine:
             half = len(chunks) // 2
             return self._launch_chunks(chunks[:half]) + self._launch_chunks(chunks[half:])
 
-    def _postprocess(self, launches: list[Launch]) -> list[TokenOutput]:
+    def _postprocess(self, step: LaunchedStep) -> list[TokenOutput]:
         outputs, self._endings = self._endings, []
-        self._num_steps += bool(launches)
-        for launch in launches:
-            for chunk, result in zip(launch.chunks, launch.read(), strict=True):
+        if not step.launches:
+            return outputs
+        self._num_steps += 1
+        results = [launch.read() for launch in step.launches]
+        self._note_step(step)
+        for launch, read in zip(step.launches, results, strict=True):
+            for chunk, result in zip(launch.chunks, read, strict=True):
                 output = self._apply(chunk, result)
                 if output is not None:
                     outputs.append(output)
@@ -368,6 +401,7 @@ class NativeEngine:
             num_generated_tokens=self._num_generated_tokens,
             num_finished=self._num_finished,
             num_failed=self._num_failed,
+            num_steps_over_target=self._num_steps_over_target,
             num_held=len(scheduler.held),
             **({} if self._offload is None else self._offload.figures()),
         )
@@ -387,6 +421,12 @@ class NativeEngine:
         self._scheduler.check_integrity()
         if self._offload is not None:
             self._offload.check_integrity()
+
+
+def _step_budget(config: EngineConfig, times: StepTimes) -> StepBudget | None:
+    if config.itl_target_ms is None:
+        return None
+    return StepBudget(times, config.itl_target_ms / 1e3, config.block_size)
 
 
 def _output(sequence: Sequence, token: SampledToken | None, error: str | None = None) -> TokenOutput:

@@ -29,6 +29,20 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step that is over: how many rows decoded, how many tokens of prompts it computed, how long it took.
+
+    `seconds` is from its launch, or from the end of the step before where that was later, to the moment its
+    tokens were there. `predicted_s` is what the steps before had led to expect, for a step with prefill.
+    """
+
+    num_decodes: int
+    num_prefill_tokens: int
+    seconds: float
+    predicted_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start, and the state now; prefix cache figures are in tokens, kv_usage is 0..1."""
 
@@ -43,6 +57,7 @@ class EngineStats:
     num_generated_tokens: int
     num_finished: int
     num_failed: int
+    num_steps_over_target: int = 0  # steps that decoded and took longer than `itl_target_ms`
     num_held: int = 0  # taken out by swap_out()
     num_swaps_chosen: int = 0  # preemptions whose KV was kept elsewhere
     num_recomputes_chosen: int = 0  # preemptions whose KV was given up, since computing it is faster

@@ -15,6 +15,7 @@ from longshore_server.native.images import MAX_STEP_PIXELS, fit_pixels
 from longshore_server.native.outputs import FinishReason
 from longshore_server.native.prefix import KnownPrefix, Offload, find_prefix, unit_keys
 from longshore_server.native.sequence import Sequence, SequenceStatus
+from longshore_server.native.step_time import StepBudget
 
 SEQUENCES_PER_SPARE_BLOCK = 8
 
@@ -46,7 +47,7 @@ class Scheduler:
 
     Service goes by rank (priority, then arrival). When blocks run out, the last-ranked running sequence is
     preempted: its blocks are released and it waits to be computed again. A waiting sequence of a strictly
-    better priority may preempt a running one to get in.
+    better priority may preempt a running one to get in. `step_budget` bounds steps that decode further.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Scheduler:
         max_num_waiting: int,
         enable_prefix_cache: bool = True,
         offload: Offload | None = None,
+        step_budget: StepBudget | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.pool = pool
@@ -65,6 +67,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_waiting = max_num_waiting
         self.enable_prefix_cache = enable_prefix_cache
+        self.step_budget = step_budget
+        self.step_tokens = max_num_batched_tokens  # what the last schedule() was bounded by
         self.offload = offload
         if offload is not None:
             pool.on_evict = offload.evicted
@@ -145,6 +149,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> Schedule:
         """Expires deadlines, lets waiting sequences in, then fills a step by rank."""
         expired = self._expire(now_s)
+        self.step_tokens = self._max_step_tokens()
         self._admit_waiting()
         step = Schedule(expired=expired)
         self._fill_step(step)
@@ -199,9 +204,16 @@ class Scheduler:
 
     # --- running ---
 
+    def _max_step_tokens(self) -> int:
+        """All that a step may hold, or what the decodes' target allows where there are decodes."""
+        num_decodes = sum(sequence.num_uncomputed_tokens == 1 for sequence in self.running)
+        if self.step_budget is None or not num_decodes:
+            return self.max_num_batched_tokens
+        return min(self.max_num_batched_tokens, self.step_budget.tokens(num_decodes))
+
     def _fill_step(self, step: Schedule) -> None:
         """Gives running sequences their tokens by rank; each leaves one token for every one after it."""
-        budget, max_pixels = self.max_num_batched_tokens, MAX_STEP_PIXELS
+        budget, max_pixels = max(self.step_tokens, len(self.running)), MAX_STEP_PIXELS
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -303,16 +315,22 @@ class Scheduler:
         """
         if len(others) >= self.max_num_seqs:
             return False
-        held = {block for other in others for block in other.block_table}
         num_wanted = sum(self._num_missing_blocks(s, s.num_uncomputed_tokens) for s in (sequence, *others))
-        num_wanted -= len(held.intersection(cached_blocks))
         num_wanted += len(others) // SEQUENCES_PER_SPARE_BLOCK
-        return num_wanted <= self.pool.num_blocks - len(held)
+        num_held, num_shared = self._count_held(others, cached_blocks)
+        return num_wanted - num_shared <= self.pool.num_blocks - num_held
+
+    def _count_held(self, others: list[Sequence], cached_blocks: list[int]) -> tuple[int, int]:
+        """How many blocks the others hold, and how many of these are among the cached ones."""
+        if others is self.running:  # nobody else holds any, so the pool knows
+            return self.pool.num_used, sum(map(self.pool.is_used, cached_blocks))
+        held = {block for other in others for block in other.block_table}
+        return len(held), len(held.intersection(cached_blocks))
 
     def _has_budget_for(self, sequence: Sequence) -> bool:
         """True if sequences of better rank, and one token for each of the others, leave budget in a step."""
         num_tokens = sum(s.num_uncomputed_tokens if s.rank < sequence.rank else 1 for s in self.running)
-        return num_tokens < self.max_num_batched_tokens
+        return num_tokens < self.step_tokens
 
     def _start(self, sequence: Sequence, prefix: KnownPrefix) -> None:
         if self.offload is not None and prefix.elsewhere:

@@ -176,6 +176,11 @@ class Metrics:
             ("longshore:kv_blocks_in", "KV blocks copied back.", "num_blocks_swapped_in"),
             ("longshore:kv_swap_faults", "Copies, reads and writes that failed.", "num_swap_faults"),
             ("longshore:engine_steps", "Steps of the engine.", "num_steps"),
+            (
+                "longshore:engine_steps_over_target",
+                "Steps with decodes that took longer than itl_target_ms.",
+                "num_steps_over_target",
+            ),
             ("longshore:engine_restarts", "Times that the engine process was started anew.", "num_restarts"),
             ("longshore:engine_replays", "Requests that a new engine took over.", "num_replays"),
             ("longshore:engine_failed_requests", "Requests that failed in the engine.", "num_failed"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.errors import DuplicateRequestError, QueueFullError
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.scheduler import Scheduler
 from longshore_server.native.sequence import Sequence, SequenceStatus
+from longshore_server.native.step_time import StepBudget, StepTimes
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_SEQS, BUDGET, MAX_WAITING = 10, 4, 4, 9, 6
 MAX_LEN = NUM_BLOCKS * BLOCK_SIZE
@@ -50,6 +51,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live: dict[str, Sequence] = {}
         self.count = 0
         self.now_s = 0.0
+        self.times = StepTimes()
+
+    @initialize(target_s=st.sampled_from([None, 1e-9, 0.05, 1.0]))
+    def aim_at(self, target_s) -> None:
+        """Steps take 10 ms and 10 ms a token; a target bounds those that decode, or there is none."""
+        if target_s is not None:
+            self.scheduler.step_budget = StepBudget(self.times, target_s, min_prefill=2)
 
     @rule(
         num_tokens=st.integers(1, MAX_LEN - 1),
@@ -87,6 +95,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.live[sequence.request_id]
         assert all(s.deadline_s is None or s.deadline_s > self.now_s for s in self.live.values())
         self._check_chunks(step.chunks)
+        num_decodes = sum(chunk.num_tokens == 1 for chunk in step.chunks)
+        num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        self.times.note(num_decodes, num_tokens - num_decodes, 0.01 + 0.01 * num_tokens)
         for chunk in step.chunks:
             self.scheduler.advance(chunk)
             self.scheduler.commit(chunk)
@@ -98,7 +109,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_chunks(self, chunks) -> None:
         assert bool(chunks) == bool(self.live), "work stands still, or is done for nobody"
-        assert sum(chunk.num_tokens for chunk in chunks) <= BUDGET
+        assert sum(chunk.num_tokens for chunk in chunks) <= max(self.scheduler.step_tokens, len(chunks))
+        assert self.scheduler.step_tokens <= BUDGET
         assert len(chunks) <= MAX_SEQS
         assert [chunk.sequence for chunk in chunks] == self.scheduler.running
         for chunk in chunks:

@@ -20,6 +20,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "tensor_parallel_size": (int, "GPUs that share the model"),
     "gpu_memory_fraction": (float, "share of the GPU's memory that the engine may take"),
     "max_num_batched_tokens": (int, "tokens in one step"),
+    "itl_target_ms": (float, "milliseconds between two tokens that other prompts may not stretch"),
     "max_num_seqs": (int, "requests that run at once; what the rows need by default"),
     "max_model_len": (int, "longest prompt and answer; what the rows need by default"),
     "num_kv_blocks": (int, "KV blocks; what the rows need by default"),
