@@ -19,10 +19,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from longshore.bundle import load_bundle
+from longshore.bundle import OperatorKey, TrustStore, load_bundle, sign_rotation
 from longshore.device import Student
 from longshore.device.text import StudentText
-from longshore.errors import LongshoreError
+from longshore.errors import BundleError, LongshoreError
 from longshore.signing import PrivateKey, PublicKey, decode_base64url, encode_base64url
 from longshore.wire import (
     BundleFile,
@@ -53,6 +53,7 @@ _SEED = 20
 _KEY_ID = "operator-1"
 _KEY = PrivateKey(encode_base64url(bytes(range(32))))
 _OTHER_KEY = PrivateKey(encode_base64url(bytes(range(1, 33))))
+_NEXT_KEY = PrivateKey(encode_base64url(bytes(range(2, 34))))
 _FOREIGN_TEXTS = (
     "",
     " ",
@@ -97,6 +98,7 @@ def golden(bundle: Path) -> dict[str, Any]:
             "files": {path: _base64(data) for path, data in _FILES.items()},
             "cases": [_verdict(*case) for case in _bundles()],
         },
+        "rotations": {"cases": [_rotation(*case) for case in _rotations()]},
         "signatures": {"cases": [_signed(*case) for case in _signatures()]},
         "buckets": {"cases": [_bucket(*case) for case in _BUCKET_CASES]},
         "downloads": {"cases": [_download(*case) for case in _downloads()]},
@@ -257,6 +259,14 @@ def _bundles() -> Iterator[tuple[str, bytes, str, Files]]:
     yield "a file missing", body, signed, {"model.onnx": _FILES["model.onnx"]}
     for name, changed in _changed_manifests(manifest):
         yield name, changed, _signature(changed), _FILES
+    for name, old_key in (
+        ("a new key that the old one introduced", _KEY),
+        ("a new key in its name", _NEXT_KEY),
+    ):
+        chain = (sign_rotation(_KEY_ID, old_key, OperatorKey("operator-9", _NEXT_KEY.public_key.text)),)
+        rotated = dump_json(encode(replace(manifest, key_id="operator-9", key_chain=chain)))
+        yield name, rotated, _signature(rotated, _NEXT_KEY), _FILES
+        yield f"{name}, signed by the old", rotated, _signature(rotated), _FILES
 
 
 def _changed_manifests(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
@@ -280,6 +290,12 @@ def _changed_manifests(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
         "path that ends with a dot": {"files": [*plain["files"], plain["files"][1] | {"path": "a./b"}]},
         "name that ends with a dot": {"name": "plain."},
         "a rotation that nobody knows": {"key_chain": ["AAAA.AAAA"]},
+        "a rotation that is too long": {"key_chain": ["A" * 2049]},
+        "rotations in too great a number": {"key_chain": ["AAAA.AAAA"] * 9},
+        "a graph for prompts": {"variants": [plain["variants"][0] | {"prefill_file": "extra/words.txt"}]},
+        "a graph for prompts that is not listed": {
+            "variants": [plain["variants"][0] | {"prefill_file": "extra/more.txt"}]
+        },
         "name that can't be a folder": {"name": "../plain"},
         "a file twice": {"files": [*plain["files"], plain["files"][1] | {"path": "Tokenizer.json"}]},
         "a file below another": {"files": [*plain["files"], plain["files"][1] | {"path": "model.onnx/a"}]},
@@ -326,10 +342,127 @@ def _verdict(name: str, body: bytes, signature: str, files: Files) -> dict[str, 
             (Path(folder) / path).parent.mkdir(exist_ok=True)
             (Path(folder) / path).write_bytes(data)
         try:
-            manifest = load_bundle(folder, trusted_keys={_KEY_ID: _KEY.public_key})
+            trust = TrustStore((OperatorKey(_KEY_ID, _KEY.public_key.text),))
+            manifest = load_bundle(folder, trusted_keys=trust)
         except LongshoreError as error:
             return case | {"error": error.code}
     return case | {"version": manifest.version}
+
+
+# -- rotation of keys --------------------------------------------------------------------------
+
+_NOW_S = 1_000_000
+_PRIVATE = {"a": _KEY, "b": _OTHER_KEY, "c": _NEXT_KEY}
+_PREFIX = b"longshore-key-rotation-1\n"
+
+
+def _public(name: str, **fields: Any) -> OperatorKey:
+    return OperatorKey(name, _PRIVATE[name].public_key.text, **fields)
+
+
+def _says(old: str, new: str, **fields: Any) -> str:
+    return sign_rotation(old, _PRIVATE[old], _public(new, **fields))
+
+
+def _payload(text: str) -> bytes:
+    return decode_base64url(text.partition(".")[0])
+
+
+def _by_a(payload: bytes, prefix: bytes = _PREFIX) -> str:
+    """A statement of any bytes that the key `a` signed."""
+    return f"{encode_base64url(payload)}.{encode_base64url(_KEY.sign(prefix + payload))}"
+
+
+def _rotations() -> Iterator[tuple[str, TrustStore, list[str], str]]:
+    """(name, the keys known before, statements, the key to be asked for)."""
+    one = TrustStore((_public("a"),))
+    chain = [_says("a", "b"), _says("b", "c")]
+    yield "no statement, the known key", one, [], "a"
+    yield "no statement, an unknown key", one, [], "b"
+    yield "one step", one, chain[:1], "b"
+    yield "two steps", one, chain, "c"
+    yield "two steps in the wrong order", one, chain[::-1], "c"
+    yield "said twice", one, chain[:1] * 2, "b"
+    yield "a bad one between good ones", one, [chain[0], "AAAA.AAAA", chain[1]], "c"
+    yield "by a key that is not known", one, chain[1:], "c"
+    yield "in another's name", one, [sign_rotation("a", _OTHER_KEY, _public("c"))], "c"
+    yield "a known id with another key", TrustStore((_public("a"), _public("b"))), [
+        sign_rotation("a", _KEY, replace(_public("c"), key_id="b"))
+    ], "b"  # fmt: skip
+    for name, times in _TIMES.items():
+        yield f"the old key {name}", TrustStore((_public("a", **times),)), chain[:1], "b"
+        yield f"the new key {name}", one, [_says("a", "b", **times)], "b"
+    yield "the old key revoked", one.without_key("a"), chain, "c"
+    yield "the new key revoked", one.without_key("b"), chain[:1], "b"
+    yield "a revoked one on the way", one.without_key("b"), chain, "c"
+    learnt = replace(_public("c"), introduced_by="b")
+    yield "learnt before, the one before it unknown", TrustStore((learnt,)), [], "c"
+    yield "learnt before, the one before it revoked", TrustStore((learnt,)).without_key("b"), [], "c"
+    circle = (replace(_public("a"), introduced_by="b"), replace(_public("b"), introduced_by="a"))
+    yield "introduced in a circle", TrustStore(circle), [], "b"
+    yield "introduced in a circle, one revoked", TrustStore(circle).without_key("a"), [], "b"
+    yield from ((name, one, [text], "b") for name, text in _bad_statements(chain[0]))
+
+
+_TIMES = {
+    "begins now": {"not_before": _NOW_S},
+    "begins in a second": {"not_before": _NOW_S + 1},
+    "ends now": {"expires_at": _NOW_S},
+    "ends in a second": {"expires_at": _NOW_S + 1},
+}
+
+
+def _bad_statements(good: str) -> Iterator[tuple[str, str]]:
+    """Statements that are almost right; what Python makes of each is what counts."""
+    payload, _, signature = good.partition(".")
+    plain = json.loads(_payload(good))
+    yield "an empty text", ""
+    yield "a point alone", "."
+    yield "no signature", payload
+    yield "an empty signature", payload + "."
+    yield "two points", f"{payload}..{signature}"
+    yield "something behind it", f"{good}.AAAA"
+    yield "a line end behind it", f"{good}\n"
+    yield "padding", f"{payload}.{signature}=="
+    yield "signed without the prefix", _by_a(_payload(good), b"")
+    yield "a manifest's signature", _by_a(dump_json(encode(_manifest())), b"")
+    yield "not an object", _by_a(b"[]")
+    yield "not JSON", _by_a(b"{")
+    yield "bad UTF-8", _by_a(b'{"old_key_id": "\xff"}')
+    yield "a field twice", _by_a(_payload(good)[:-1] + b',"old_key_id":"a"}')
+    yield "blanks in it", _by_a(json.dumps(plain, indent=1).encode())
+    yield "as long as it may be", _by_a(_payload(good)[:-1] + b" " * (1470 - len(_payload(good))) + b"}")
+    yield "too long", _by_a(_payload(good)[:-1] + b" " * (1480 - len(_payload(good))) + b"}")
+    new = plain["new_key"]
+    for name, change in {
+        "a field too many": {"extra": 1},
+        "another format": {"format_version": 2},
+        "an old key that is no text": {"old_key_id": 1},
+        "an old key's id with a blank": {"old_key_id": "a b"},
+        "a new key's id that is empty": {"new_key": new | {"key_id": ""}},
+        "a new key's id that is too long": {"new_key": new | {"key_id": "b" * 65}},
+        "a new key cut short": {"new_key": new | {"public_key": new["public_key"][:-2]}},
+        "a new key with padding": {"new_key": new | {"public_key": new["public_key"] + "="}},
+        "times that are null": {"new_key": new | {"not_before": None, "expires_at": None}},
+        "a time below zero": {"new_key": new | {"not_before": -1}},
+        "a time as text": {"new_key": new | {"expires_at": "9"}},
+        "who introduced it, in its own words": {"new_key": new | {"introduced_by": "z"}},
+        "introduced by what is no id": {"new_key": new | {"introduced_by": "-"}},
+    }.items():
+        yield name, _by_a(dump_json(plain | change))
+    for missing in ("old_key_id", "new_key", "format_version"):
+        yield f"without {missing}", _by_a(dump_json({key: plain[key] for key in plain if key != missing}))
+
+
+def _rotation(name: str, store: TrustStore, chain: list[str], key_id: str) -> dict[str, Any]:
+    """Who is known after the statements, and the key that counts under `key_id`, if any."""
+    wiser = store.with_chain(chain, _NOW_S)
+    given = {"name": name, "trust": encode(store), "chain": chain, "key_id": key_id, "now_s": _NOW_S}
+    given["known"] = [[key.key_id, key.introduced_by] for key in wiser.keys]
+    try:
+        return given | {"key": wiser.key_for(key_id, _NOW_S).text}
+    except BundleError as error:
+        return given | {"error": error.code}
 
 
 # -- signatures --------------------------------------------------------------------------------

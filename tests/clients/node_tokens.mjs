@@ -5,6 +5,7 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import { Tokenizer } from "../../examples/browser/client/tokenizer.mjs";
 import { checkManifest } from "../../examples/browser/client/bundle.mjs";
+import { TrustStore } from "../../examples/browser/client/trust.mjs";
 import { encodeChat } from "../../examples/browser/client/prompt.mjs";
 import { chooseVariant, Student } from "../../examples/browser/client/student.mjs";
 
@@ -28,12 +29,24 @@ async function vectors() {
     bundles: await Promise.all(
       job.bundles.map(({ manifest, signature }) =>
         refusal(async () => {
-          const body = await checkManifest(bytes(manifest), Buffer.from(signature), job.trusted, Date.now() / 1000);
+          const trust = TrustStore.of(job.trusted);
+          const body = await checkManifest(bytes(manifest), Buffer.from(signature), trust, Date.now() / 1000);
           return body.version;
         }),
       ),
     ),
+    rotations: await Promise.all(job.rotations.map(rotation)),
   };
+}
+
+/** Who is known after a chain of statements, and the key that counts, also after a visit's end. */
+async function rotation({ trust, chain, key_id: keyId, now_s: nowS }) {
+  const before = TrustStore.of(trust);
+  const wiser = await before.withChain(chain, nowS);
+  const kept = before.withLearnt(JSON.parse(JSON.stringify(wiser.learnt)));
+  const known = wiser.keys.map((key) => [key.key_id, key.introduced_by ?? null]);
+  const key = await refusal(() => wiser.keyFor(keyId, nowS));
+  return { known, key, keptKey: await refusal(() => kept.keyFor(keyId, nowS)) };
 }
 
 async function refusal(work) {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from clients.conftest import KEY, KEY_ID, NUM_TOKENS, Chat
 from clients.runtimes import BROWSER, need_node_packages, run_browser
+from longshore.bundle import OperatorKey, SigningKey, read_manifest, sign_rotation, write_manifest
 from longshore.signing import PrivateKey
 from longshore.tier_process import TierProcess
 from longshore.wire import Manifest
@@ -21,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 BUNDLE = "shop-student-int8"
 API_KEY = "test-key"
+NEXT_KEY_ID, NEXT_KEY = "operator-2", PrivateKey.generate()
 SHEET = "The lamp is red. The lamp costs $7. There are 12 lamps in stock."
 
 
@@ -35,6 +39,21 @@ def page_server(config: Path) -> Iterator[str]:
         process.kill()
         process.wait(5)
         process.stdout.close()
+
+
+def rotated(source: Path, folder: Path) -> list[Path]:
+    """The bundle twice more, signed by the next key: with the statement that introduces it, and without."""
+    chain = (sign_rotation(KEY_ID, KEY, OperatorKey(NEXT_KEY_ID, NEXT_KEY.public_key.text)),)
+    found = []
+    for name, statements in (("next", chain), ("bare", ())):
+        path = Path(shutil.copytree(source, folder / name))
+        write_manifest(
+            path,
+            replace(read_manifest(path), name=name, key_chain=statements),
+            SigningKey(NEXT_KEY_ID, NEXT_KEY),
+        )
+        found.append(path)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +71,10 @@ def site(
             f'node = "harbour"\nport = 0\nallowed_origins = ["{url.rstrip("/")}"]\n'
             f'student_bundle = "{bundle[0]}"\n'
             f'[[keys]]\ntenant = "page"\nkey_sha256 = "{digest}"\n'
-            f'[[bundles]]\npath = "{bundle[0]}"\n[[bundles]]\npath = "{int8_bundle[0]}"\n'
+            + "".join(
+                f'[[bundles]]\npath = "{path}"\n'
+                for path in (bundle[0], int8_bundle[0], *rotated(int8_bundle[0], folder))
+            )
         )
         with TierProcess(["edge", "--config", str(folder / "edge.toml")], start_timeout_s=60) as edge:
             settings = json.loads((BROWSER / "config.json").read_text())
@@ -124,3 +146,18 @@ def test_a_bundle_of_another_key_or_damaged_or_older_is_not_run(site: str) -> No
     assert f"/bundles/{BUNDLE}/tokenizer.json" not in requests
     assert "model.onnx is damaged" in damaged["status"]
     assert "not newer than 2" in rolled_back["status"]
+
+
+def test_a_new_key_is_learnt_from_the_old_one_and_kept(site: str) -> None:
+    _, stranger, _, introduced, _, known = run_browser(
+        site,
+        {"step": "configure", "changes": {"bundle": "bare"}},
+        {"step": "open"},
+        {"step": "configure", "changes": {"bundle": "next"}},
+        {"step": "open"},
+        {"step": "configure", "changes": {"bundle": "bare"}},
+        {"step": "open"},
+    )
+    assert "not signed by a trusted key" in stranger["status"]
+    for page in (introduced, known):
+        assert "ready on this device" in page["status"] and NEXT_KEY_ID in page["status"]

@@ -50,6 +50,7 @@ def test_the_vectors_are_fresh(bundle: tuple[Path, Manifest]) -> None:
 def test_the_vectors_refuse_and_accept() -> None:
     verdicts = {case.get("error", "accepted") for case in load("bundles")["cases"]}
     assert verdicts == {"accepted", "bundle_invalid", "bundle_damaged"}
+    assert {"key" in case for case in load("rotations")["cases"]} == {True, False}
     assert {case["is_valid"] for case in load("signatures")["cases"]} == {True, False}
 
 
@@ -72,7 +73,16 @@ def test_kotlin_reproduces_them(tmp_path: Path) -> None:
         [*command, str(STUDENT / "tokenizer.json")], capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    for name in ("tokenizer", "template", "bundles", "signatures", "buckets", "downloads", "answers"):
+    for name in (
+        "tokenizer",
+        "template",
+        "bundles",
+        "rotations",
+        "signatures",
+        "buckets",
+        "downloads",
+        "answers",
+    ):
         assert f"{name}: {len(load(name)['cases'])} cases" in ran.stdout
     assert ran.stdout.endswith("0 failed\n")
 
@@ -90,6 +100,7 @@ def test_javascript_reproduces_them() -> None:
             "chats": [case["messages"] for case in load("template")["cases"]],
             "trusted": load("bundles")["trusted"],
             "bundles": [{key: case[key] for key in ("manifest", "signature")} for case in bundles],
+            "rotations": load("rotations")["cases"],
         },
     )
     assert found["tokenizer"] == load("tokenizer")["cases"]
@@ -99,3 +110,7 @@ def test_javascript_reproduces_them() -> None:
     assert {
         name: (verdicts[name], expected[name]) for name in verdicts if verdicts[name] != expected[name]
     } == {}
+    for case, rotation in zip(load("rotations")["cases"], found["rotations"], strict=True):
+        verdict = case.get("key", case.get("error"))
+        wanted = {"known": case["known"], "key": verdict, "keptKey": verdict}
+        assert rotation == wanted, case["name"]

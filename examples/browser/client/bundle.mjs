@@ -3,11 +3,13 @@
  *
  * Everything is kept, files by their digest, so a new version brings only what changed and a page without a
  * network still starts; kept bytes are checked again whenever they are read. The store is passed in:
- * `get(key)`, `put(key, bytes)`, `keepOnly(keys)`, `highest(name)`, `setHighest(name, text)`.
+ * `get(key)`, `put(key, bytes)`, `keepOnly(keys)`, `highest(name)`, `setHighest(name, text)`, `learnt()`,
+ * `setLearnt(keys)`.
  */
 
 import { damaged, incompatible, LongshoreError, refused } from "./errors.mjs";
 import { readManifest } from "./manifest.mjs";
+import { TrustStore, verifies } from "./trust.mjs";
 
 const MAX_MANIFEST_BYTES = 1024 * 1024;
 const MAX_SIGNATURE_BYTES = 1024;
@@ -17,14 +19,17 @@ const MAX_TRIES = 4;
 /**
  * The manifest and a function that gives a file's checked bytes.
  *
- * `trustedKeys` maps key ids to 32 bytes of base64url; `edge.file(name, path, headers)` fetches. Throws
- * bundle_invalid for the signature, bundle_rollback for anything that is not newer than what was seen.
+ * `trustedKeys` maps key ids to 32 bytes of base64url, or is a whole trust store; `edge.file(name, path, headers)`
+ * fetches. Keys that a bundle's rotation statements teach are kept in the store. Throws bundle_invalid for the
+ * signature, bundle_rollback for anything that is not newer than what was seen.
  */
 export async function openBundle(edge, name, trustedKeys, store, nowS = Date.now() / 1000) {
   const [body, signature] = await offered(edge, name, store);
-  const manifest = await checkManifest(body, signature, trustedKeys, nowS);
+  const trust = TrustStore.of(trustedKeys).withLearnt(await store.learnt());
+  const manifest = await checkManifest(body, signature, trust, nowS);
   if (manifest.name !== name) throw refused(`asked for ${name}, got ${manifest.name}`);
   await refuseOlder(manifest, await sha256(body), store);
+  await store.setLearnt((await trust.withChain(manifest.key_chain ?? [], nowS)).learnt);
   await store.put(`${name}.manifest`, body);
   await store.put(`${name}.signature`, signature);
   await store.keepOnly([`${name}.manifest`, `${name}.signature`, ...manifest.files.map((file) => file.sha256)]);
@@ -55,24 +60,14 @@ async function refuseOlder(manifest, digest, store) {
   await store.setHighest(manifest.name, `${manifest.version} ${digest}`);
 }
 
-/** The manifest in `body`, if one of the keys signed exactly these bytes and they have not expired. */
-export async function checkManifest(body, signature, trustedKeys, nowS) {
+/** The manifest in `body`, if a good key signed exactly these bytes and they have not expired. */
+export async function checkManifest(body, signature, trust, nowS) {
   const manifest = readManifest(body);
-  const { key_id: keyId, expires_at: expiresAt } = manifest;
-  if (typeof keyId !== "string" || !Object.hasOwn(trustedKeys, keyId)) {
-    throw refused("the bundle is not signed by a trusted key");
-  }
+  const key = (await trust.withChain(manifest.key_chain ?? [], nowS)).keyFor(manifest.key_id, nowS);
   const text = new TextDecoder().decode(signature).replace(/\n$/, "");
-  if (!(await verifies(trustedKeys[keyId], text, body))) throw refused("the signature does not fit the manifest");
-  if (expiresAt != null && !(nowS < expiresAt)) throw refused("the bundle has expired");
+  if (!(await verifies(key, text, body))) throw refused("the signature does not fit the manifest");
+  if (manifest.expires_at != null && !(nowS < manifest.expires_at)) throw refused("the bundle has expired");
   return manifest;
-}
-
-async function verifies(keyText, signatureText, payload) {
-  const [key, signature] = [decodeBase64Url(keyText), decodeBase64Url(signatureText)];
-  if (key?.length !== 32 || signature?.length !== 64) return false;
-  const imported = await crypto.subtle.importKey("raw", key, "Ed25519", false, ["verify"]);
-  return crypto.subtle.verify("Ed25519", imported, signature, payload);
 }
 
 async function fileBytes(edge, manifest, path, store, progress = () => {}) {
@@ -150,13 +145,4 @@ async function* pieces(response) {
 async function sha256(bytes) {
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-/** The bytes of canonical unpadded base64url, or null for anything else. */
-export function decodeBase64Url(text) {
-  if (!/^[A-Za-z0-9_-]*$/.test(text) || text.length % 4 === 1) return null;
-  const plain = text.replaceAll("-", "+").replaceAll("_", "/");
-  const binary = atob(plain);
-  if (btoa(binary).replace(/=+$/, "") !== plain) return null; // loose bits in the last character
-  return Uint8Array.from(binary, (char) => char.charCodeAt(0));
 }

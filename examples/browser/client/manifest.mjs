@@ -1,8 +1,9 @@
 /** The manifest of a bundle: plain data, every field checked. Files and signatures are bundle.mjs's. */
 
 import { damaged } from "./errors.mjs";
+import { formed, list, must, named, object, readJson, table, text, whole } from "./fields.mjs";
+import { MAX_STATEMENT_CHARS } from "./trust.mjs";
 
-const MAX_DEPTH = 32;
 const MOST = 2 ** 53;
 const PRECISIONS = /^(fp32|int8|int4)$/;
 const SHA256 = /^[0-9a-f]{64}$/;
@@ -11,67 +12,10 @@ const RESERVED = new Set(["manifest.json", "manifest.sig"]);
 
 /** The manifest in `body`; throws bundle_damaged with the field at fault. */
 export function readManifest(body) {
-  let text;
-  let value;
-  try {
-    text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(body);
-    value = JSON.parse(text);
-  } catch (error) {
-    throw damaged(`the manifest is not JSON: ${error.message}`);
-  }
-  refuseTwice(text);
-  MANIFEST(value, "manifest");
+  const value = readJson(body, "manifest", MANIFEST);
   checkPaths(value);
   return value;
 }
-
-/** Of a field that stands twice, other readers may take the other one. */
-function refuseTwice(text) {
-  const levels = [];
-  for (const [token, colon] of text.matchAll(/"(?:[^"\\]|\\.)*"(\s*:)?|[{}[\]]/gs)) {
-    if ("{[".includes(token)) levels.push(new Set());
-    else if ("}]".includes(token)) levels.pop();
-    else if (colon) {
-      const name = JSON.parse(token.slice(0, -colon.length));
-      if (levels.at(-1).has(name)) throw damaged(`${name} stands twice`);
-      levels.at(-1).add(name);
-    }
-    if (levels.length > MAX_DEPTH) throw damaged("the manifest is nested too deeply");
-  }
-}
-
-// Each of these gives a check of (value, its name), which throws.
-
-const must = (isRight) => (value, at) => {
-  if (!isRight(value)) throw damaged(`${at} can't be ${JSON.stringify(value)?.slice(0, 40)}`);
-};
-const whole = (least, most) => must((value) => Number.isInteger(value) && value >= least && value <= most);
-const text = (most) => must((value) => typeof value === "string" && [...value].length <= most);
-const named = (most) => must((value) => typeof value === "string" && value !== "" && [...value].length <= most);
-const formed = (form) => must((value) => typeof value === "string" && form.test(value));
-const isPlain = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
-
-const list = (least, most, check) => (value, at) => {
-  must((found) => Array.isArray(found) && found.length >= least && found.length <= most)(value, at);
-  value.forEach((item, index) => check(item, `${at}[${index}]`));
-};
-
-const table = (most, check) => (value, at) => {
-  must((found) => isPlain(found) && Object.keys(found).length <= most)(value, at);
-  for (const [name, item] of Object.entries(value)) check(item, `${at}.${name}`);
-};
-
-/** An object of these fields and no other; `optional` ones may be missing, `empty` ones null as well. */
-const object = (fields, optional = {}, empty = {}) => (value, at) => {
-  must(isPlain)(value, at);
-  const checks = { ...fields, ...optional, ...empty };
-  for (const name of Object.keys(value)) if (!Object.hasOwn(checks, name)) throw damaged(`${at}.${name} is unknown`);
-  for (const [name, check] of Object.entries(checks)) {
-    const isMissing = !Object.hasOwn(value, name) && !Object.hasOwn(fields, name);
-    const isNull = value[name] === null && Object.hasOwn(empty, name);
-    if (!isMissing && !isNull) check(value[name], `${at}.${name}`);
-  }
-};
 
 const path = must(
   (value) =>
@@ -112,6 +56,7 @@ const MANIFEST = object(
       object(
         { name: named(100), file: path, precision: formed(PRECISIONS) },
         { graph: formed(/^(traced|built)$/), required_operators: list(0, 200, named(100)) },
+        { prefill_file: path }, // reads prompts faster, with the weights that lie in `file`
       ),
     ),
     tokenizer_file: path,
@@ -134,7 +79,7 @@ const MANIFEST = object(
       object({ width_px: whole(1, 8192), height_px: whole(1, 8192), num_tokens: whole(1, 65536) }),
     ),
     capabilities: table(64, must((value) => ["string", "number", "boolean"].includes(typeof value))),
-    key_chain: list(0, 8, text(2048)), // rotation is not supported: its statements are passed over
+    key_chain: list(0, 8, text(MAX_STATEMENT_CHARS)),
     format_version: whole(1, 1),
   },
   { key_id: text(64), expires_at: whole(0, MOST) },
@@ -152,7 +97,8 @@ function checkPaths(manifest) {
   if (new Set(manifest.variants.map((variant) => variant.name)).size !== manifest.variants.length) {
     throw damaged("a variant stands twice");
   }
-  for (const needed of [manifest.tokenizer_file, ...manifest.variants.map((variant) => variant.file)]) {
+  const graphs = manifest.variants.flatMap((variant) => [variant.file, variant.prefill_file ?? variant.file]);
+  for (const needed of [manifest.tokenizer_file, ...graphs]) {
     if (!paths.has(needed)) throw damaged(`${needed} is not listed`);
   }
 }

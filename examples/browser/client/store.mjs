@@ -2,6 +2,7 @@
 
 const CACHE_NAME = "longshore-files";
 const HIGHEST_PREFIX = "longshore-highest-";
+const LEARNT_KEYS = "longshore-learnt-keys"; // what rotation statements taught
 const address = (key) => new URL(`/longshore-files/${key}`, location.origin).href;
 
 export class BrowserStore {
@@ -33,12 +34,25 @@ export class BrowserStore {
   async setHighest(name, text) {
     localStorage.setItem(HIGHEST_PREFIX + name, text);
   }
+
+  async learnt() {
+    try {
+      return JSON.parse(localStorage.getItem(LEARNT_KEYS) ?? "[]");
+    } catch {
+      return []; // they are learnt again with the next bundle that teaches them
+    }
+  }
+
+  async setLearnt(keys) {
+    localStorage.setItem(LEARNT_KEYS, JSON.stringify(keys));
+  }
 }
 
 /** The same for as long as the process lives. */
 export class MemoryStore {
   #files = new Map();
   #highest = new Map();
+  #learnt = [];
 
   async get(key) {
     return this.#files.get(key) ?? null;
@@ -58,5 +72,13 @@ export class MemoryStore {
 
   async setHighest(name, text) {
     this.#highest.set(name, text);
+  }
+
+  async learnt() {
+    return this.#learnt;
+  }
+
+  async setLearnt(keys) {
+    this.#learnt = keys;
   }
 }

@@ -55,7 +55,7 @@ def load_json_object(body: bytes | str, *, max_bytes: int = MAX_BODY_BYTES) -> d
 
 
 def refuse_twice(pairs: list[tuple[str, Any]]) -> None:
-    """A hook of json.loads: of a field that stands twice, readers in other languages may take the other one."""
+    """A hook of json.loads: of a field that stands twice, other readers may take the other one."""
     if len({name for name, _ in pairs}) != len(pairs):
         raise InvalidRequestError("a field stands twice")
 

@@ -1,4 +1,4 @@
-/** Checks a bundle's signature and its files, byte by byte. Downloads and runs nothing. */
+/** Checks a bundle's files, byte by byte, and its runtime; signatures are Trust's. Downloads and runs nothing. */
 package longshore.core
 
 import java.io.ByteArrayOutputStream
@@ -6,27 +6,8 @@ import java.io.File
 import java.io.InputStream
 import java.security.MessageDigest
 
-private const val MAX_SIGNATURE_CHARS = 1024
 internal const val READ_BYTES = 64 * 1024
 private const val BASE64URL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-
-/** The keys that this app trusts, by id; each is 32 bytes as unpadded base64url. */
-class TrustedKeys(keys: Map<String, String>) {
-    private val keys = keys.mapValues { decodeBase64Url(it.value) ?: throw IllegalArgumentException("no key") }
-
-    /** Raises BundleException unless one of the keys signed exactly these bytes and they have not expired. */
-    fun check(manifest: Manifest, body: ByteArray, signature: String, nowS: Long) {
-        val key = keys[manifest.keyId ?: ""]
-            ?: throw BundleException("bundle ${manifest.name} is not signed by a trusted key")
-        val bytes = if (signature.length > MAX_SIGNATURE_CHARS) null else decodeBase64Url(signature.removeSuffix("\n"))
-        if (bytes == null || !Ed25519.verifies(key, bytes, body)) {
-            throw BundleException("bundle ${manifest.name}: the signature does not fit the manifest")
-        }
-        if (manifest.expiresAtS != null && nowS >= manifest.expiresAtS) {
-            throw BundleException("bundle ${manifest.name} has expired")
-        }
-    }
-}
 
 /** Raises BundleIncompatible if the bundle needs a newer ONNX Runtime than `runtimeVersion`. */
 fun checkRuntime(manifest: Manifest, runtimeVersion: String) {

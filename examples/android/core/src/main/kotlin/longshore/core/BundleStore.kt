@@ -9,11 +9,14 @@ import java.io.InputStream
 import java.io.RandomAccessFile
 
 private const val CURRENT_NAME = "current"
+private const val LEARNT_NAME = "learnt-keys.json" // what rotation statements taught, a trust store
 private const val HIGHEST_NAME = "highest" // the high-water mark: a version and its manifest's digest
 
 class InstalledBundle(val folder: File, val manifest: Manifest)
 
-class BundleStore(private val root: File, private val keys: TrustedKeys, private val nowS: () -> Long) {
+class BundleStore(private val root: File, given: TrustedKeys, private val nowS: () -> Long) {
+    private var keys = readLearnt().fold(given) { known, key -> known.with(key) }
+
     /** The current version of a bundle, every file checked; null if there is none that is whole. */
     fun current(name: String): InstalledBundle? {
         val pointer = File(File(root, name), CURRENT_NAME)
@@ -47,9 +50,29 @@ class BundleStore(private val root: File, private val keys: TrustedKeys, private
         File(folder, MANIFEST_NAME).writeBytes(body)
         File(folder, SIGNATURE_NAME).writeBytes(signature)
         val installed = read(folder)
-        replace(name, HIGHEST_NAME, "${manifest.version} ${sha256(body)}")
-        replace(name, CURRENT_NAME, manifest.version.toString())
+        replace(File(root, name), HIGHEST_NAME, "${manifest.version} ${sha256(body)}")
+        replace(File(root, name), CURRENT_NAME, manifest.version.toString())
+        learn(manifest)
         return installed
+    }
+
+    /** What the bundle's rotation statements teach is known from now on, without them as well. */
+    private fun learn(manifest: Manifest) {
+        val wiser = keys.withChain(manifest.keyChain, nowS())
+        if (wiser.keys.size == keys.keys.size) return
+        keys = wiser
+        replace(root, LEARNT_NAME, trustText(keys.learnt))
+    }
+
+    /** The keys learnt so far; none where the file can't be used, which costs no more than an update. */
+    private fun readLearnt(): List<OperatorKey> {
+        val file = File(root, LEARNT_NAME)
+        if (!file.isFile || file.length() > MAX_TRUST_BYTES) return emptyList()
+        return try {
+            readTrust(file.readBytes()).learnt
+        } catch (error: BundleException) {
+            emptyList()
+        }
     }
 
     /** A version below the highest ever installed, or another manifest of that one, is never taken. */
@@ -75,10 +98,10 @@ class BundleStore(private val root: File, private val keys: TrustedKeys, private
     }
 
     /** A small file's text is replaced in one step. */
-    private fun replace(name: String, file: String, text: String) {
-        val incoming = File(File(root, name), ".$file")
+    private fun replace(folder: File, file: String, text: String) {
+        val incoming = File(folder, ".$file")
         incoming.writeText(text)
-        if (!incoming.renameTo(File(File(root, name), file))) throw BundleException("the store can't be written")
+        if (!incoming.renameTo(File(folder, file))) throw BundleException("the store can't be written")
     }
 
     private fun download(edge: EdgeClient, name: String, file: BundleFile, folder: File, progress: (Long) -> Unit) {

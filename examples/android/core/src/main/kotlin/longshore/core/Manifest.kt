@@ -34,7 +34,8 @@ data class KvGeometry(
     val dtype: String
 )
 
-data class Variant(val name: String, val file: String, val precision: String)
+/** `prefillFile` reads prompts faster, with the weights that lie in `file`; nothing is lost without it but time. */
+data class Variant(val name: String, val file: String, val precision: String, val prefillFile: String?)
 
 data class VisionBucket(val widthPx: Int, val heightPx: Int, val numTokens: Int)
 
@@ -51,7 +52,8 @@ data class Manifest(
     val minOnnxruntime: String,
     val visionBuckets: List<VisionBucket>,
     val keyId: String?,
-    val expiresAtS: Long?
+    val expiresAtS: Long?,
+    val keyChain: List<String>
 ) {
     fun file(path: String): BundleFile = files.first { it.path == path }
 }
@@ -73,7 +75,6 @@ private fun manifestOf(fields: Fields): Manifest = fields.read {
     longOr("format_version", 1, 1L..1L)
     long("opset", 13L..100L)
     objectOrNull("capabilities")
-    textsOr("key_chain", 8, Regex("(?s).{0,2048}")) // rotation is not supported: its statements are passed over
     Manifest(
         name = folderName("name"),
         version = long("version", 1L..(1L shl 53)),
@@ -87,7 +88,8 @@ private fun manifestOf(fields: Fields): Manifest = fields.read {
         minOnnxruntime = text("min_onnxruntime", 40, VERSION),
         visionBuckets = listOr("vision_buckets", 64) { bucketOf(it) },
         keyId = textOrNull("key_id", 64),
-        expiresAtS = longOrNull("expires_at", 0L..(1L shl 53))
+        expiresAtS = longOrNull("expires_at", 0L..(1L shl 53)),
+        keyChain = textsOr("key_chain", 8, Regex("(?s).{0,$MAX_STATEMENT_CHARS}"))
     )
 }
 
@@ -120,7 +122,8 @@ internal fun fileOf(fields: Fields): BundleFile = fields.read {
 private fun variantOf(fields: Fields): Variant = fields.read {
     textOr("graph", "traced", 10, Regex("traced|built"))
     textsOr("required_operators", 200, Regex(".{1,100}"))
-    Variant(text("name", 100), path("file"), text("precision", 10, Regex("fp32|int8|int4")))
+    val prefillFile = if (textOrNull("prefill_file", 200) == null) null else path("prefill_file")
+    Variant(text("name", 100), path("file"), text("precision", 10, Regex("fp32|int8|int4")), prefillFile)
 }
 
 private fun kvOf(fields: Fields): KvGeometry = fields.read {
@@ -157,7 +160,8 @@ private fun checkPaths(manifest: Manifest) {
     if (manifest.variants.map { it.name }.toSet().size != manifest.variants.size) {
         throw BundleDamaged("a variant stands twice")
     }
-    for (needed in manifest.variants.map { it.file } + manifest.tokenizerFile) {
+    val graphs = manifest.variants.flatMap { listOfNotNull(it.file, it.prefillFile) }
+    for (needed in graphs + manifest.tokenizerFile) {
         if (needed !in paths) throw BundleDamaged("$needed is not listed")
     }
 }

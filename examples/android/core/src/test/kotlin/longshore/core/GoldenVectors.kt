@@ -19,6 +19,7 @@ private class Golden(private val folder: File, private val tokenizerFile: File) 
         check("tokenizer") { checkText(it) }
         check("template") { checkTemplate(it) }
         check("bundles") { checkBundle(it) }
+        check("rotations") { checkRotation(it) }
         check("signatures") { checkSignature(it) }
         check("buckets") { checkBucket(it) }
         check("downloads") { checkDownload(it) }
@@ -69,6 +70,22 @@ private class Golden(private val folder: File, private val tokenizerFile: File) 
             folder.deleteRecursively()
         }
         return differing(found, case["version"] ?: case["error"])
+    }
+
+    private fun checkRotation(case: Map<*, *>): String? {
+        val (now, chain) = Pair(case["now_s"] as Long, (case["chain"] as List<*>).map { it as String })
+        val trust = trustOf(Fields("trust", case["trust"]))
+        val wiser = trust.withChain(chain, now)
+        val known = wiser.keys.map { listOf(it.keyId, it.introducedBy) }
+        val found: Any = try {
+            wiser.keyFor(case["key_id"] as String, now).publicKey
+        } catch (error: LongshoreException) {
+            error.code
+        }
+        val kept = readTrust(trustText(wiser.learnt).toByteArray()).keys // as a store keeps them
+        return differing(known, case["known"])
+            ?: differing(found, case["key"] ?: case["error"])
+            ?: differing(kept.fold(trust) { keys, key -> keys.with(key) }.keys.toSet(), wiser.keys.toSet())
     }
 
     private fun checkSignature(case: Map<*, *>): String? {
