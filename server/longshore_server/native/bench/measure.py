@@ -27,6 +27,8 @@ from longshore_server.native.bench.prompts import (
 from longshore_server.native.bench.rows import Decode, FirstToken, Mixed, Poisson, Row, name_of
 
 WARM_UP_TOKENS = 32
+POISSON_WARM_UP_S = 4.0
+MIN_POISSON_WARM_UP = 8
 MAX_RATE_PER_S = 4096.0
 
 
@@ -155,23 +157,16 @@ class Bench:
     # --- Poisson ---
 
     def _poisson(self, row: Poisson, rate_per_s: float) -> Result:
-        """One open-loop run; its shared prefixes are cached before, as they are in a service that runs."""
+        """One open-loop run, after a shorter one with other prompts: a service that runs has met its batch
+        sizes before, and has its shared prefixes cached.
+        """
         settings = self._settings
         num_requests = max(settings.min_poisson_requests, round(rate_per_s * settings.poisson_s))
-        requests = poisson_requests(row, rate_per_s, num_requests, self._engine.vocab_size, next(self._seeds))
-        self._run(prefix_requests(requests, row))
-        self._run(
-            [
-                replace(
-                    r,
-                    request_id=f"warm-{r.request_id}",
-                    prompt_token_ids=r.prompt_token_ids[::-1],
-                    arrival_s=0.0,
-                )
-                for r in requests[:8]
-            ]
-        )
-        run = self._run(requests)
+        num_warm_up = min(num_requests, max(MIN_POISSON_WARM_UP, round(rate_per_s * POISSON_WARM_UP_S)))
+        for num in (num_warm_up, num_requests):
+            requests = poisson_requests(row, rate_per_s, num, self._engine.vocab_size, next(self._seeds))
+            self._run(prefix_requests(requests, row))
+            run = self._run(requests)
         good = [times for times in run.times if times.error is None]
         figures = {"offered_per_s": rate_per_s, "requests": len(run.times)}
         if good:
