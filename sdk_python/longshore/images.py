@@ -32,6 +32,7 @@ __all__ = [
     "image_bytes",
     "image_size",
     "pixel_values",
+    "rgb_pixels",
 ]
 
 MAX_SIDE_PX = 1536
@@ -92,19 +93,24 @@ def image_size(data: bytes, max_pixels: int = MAX_WIRE_PIXELS) -> tuple[int, int
     return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 
-def pixel_values(
-    data: bytes, width_px: int, height_px: int, max_pixels: int = MAX_WIRE_PIXELS
-) -> NDArray[np.float32]:
-    """The upright picture, stretched to exactly this size, as [3, height, width] from -1 to 1.
+def rgb_pixels(data: bytes, width_px: int, height_px: int, max_pixels: int = MAX_WIRE_PIXELS) -> bytes:
+    """The upright picture, stretched to exactly this size: height x width x 3 bytes, row by row.
 
     Raises InvalidImageError for what can't be decoded within `max_pixels`.
     """
+    image = _decoded(data, max_pixels, 2 * max(width_px, height_px))
+    return image.resize((width_px, height_px), _pillow().Resampling.BICUBIC).tobytes()
+
+
+def pixel_values(
+    data: bytes, width_px: int, height_px: int, max_pixels: int = MAX_WIRE_PIXELS
+) -> NDArray[np.float32]:
+    """The same as [3, height, width] from -1 to 1, which is what an encoder takes."""
     import numpy as np
 
-    image = _decoded(data, max_pixels, 2 * max(width_px, height_px))
-    image = image.resize((width_px, height_px), _pillow().Resampling.BICUBIC)
-    planes = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
-    return np.ascontiguousarray(planes)
+    rows = np.frombuffer(rgb_pixels(data, width_px, height_px, max_pixels), np.uint8)
+    planes = rows.reshape(height_px, width_px, 3).transpose(2, 0, 1).astype(np.float32)
+    return np.ascontiguousarray(planes / np.float32(127.5) - np.float32(1))
 
 
 # -- decoding ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ Tier = Literal["device", "edge", "core"]
 TIERS: tuple[Tier, ...] = ("device", "edge", "core")
 FinishReason = Literal["stop", "length"]
 Outcome = Literal["served", "skipped", "failed", "interrupted"]
-ImageReason = Literal["full", "budget", "context", "quickest", "kept"]
+ImageReason = Literal["full", "budget", "context", "quickest", "asked", "kept"]
 
 Offset = Annotated[int, Interval(ge=0, le=limits.MAX_TOKENS)]
 ByteOffset = Annotated[int, Interval(ge=0, le=2**40)]
@@ -139,7 +139,8 @@ class ImageUse:
 
     `why` is `full` where a larger size would add nothing or there is none, `budget` where one was predicted
     to take too long, `context` where it would not fit beside the text, `quickest` where every size was
-    predicted to take too long, and `kept` where an earlier turn had read the same picture at this size.
+    predicted to take too long, `asked` where the request's `detail` is low, and `kept` where an earlier turn
+    had read the same picture at this size.
     `predicted_ms` is the time to the first token that the choice went by, None where nothing was measured.
     """
 
