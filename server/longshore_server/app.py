@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -17,6 +18,7 @@ from longshore_server.auth import Authenticator
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine
 from longshore_server.generation import AnswerService
+from longshore_server.images import ImageReader
 from longshore_server.routes import chat, completions, failing, health, models, stream
 from longshore_server.routes import metrics as metrics_route
 from longshore_server.routes.deps import Parts
@@ -38,10 +40,11 @@ def create_app(config: CoreConfig | None = None, engine: Engine | None = None) -
     metrics = Metrics(config.model_name, gpus=GpuProbe(), host=HostProbe())
     parts = Parts(config, engine, Authenticator.of(config), metrics)
     text = ModelText.load(config.tokenizer_dir, template_timeout_s=config.template_timeout_s)
+    reader = ImageReader.load(Path(config.model))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(_start_engine(parts, text), name="start-engine")
+        starting = asyncio.create_task(_start_engine(parts, text, reader), name="start-engine")
         try:
             yield
         finally:
@@ -50,6 +53,8 @@ def create_app(config: CoreConfig | None = None, engine: Engine | None = None) -
             await asyncio.wait([starting])
             await engine.close()
             text.close()
+            if reader is not None:
+                reader.close()
 
     app = FastAPI(title="Longshore core", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
@@ -61,14 +66,14 @@ def create_app(config: CoreConfig | None = None, engine: Engine | None = None) -
     return app
 
 
-async def _start_engine(parts: Parts, text: ModelText) -> None:
+async def _start_engine(parts: Parts, text: ModelText, reader: ImageReader | None) -> None:
     """Wait for the engine beside the routes, so that /healthz and /readyz answer from the first moment."""
     try:
         await parts.engine.start()
     except Exception:
         logger.exception("the engine could not be started")  # /readyz stays false
         return
-    parts.service = AnswerService(parts.config, parts.engine, text, parts.metrics)
+    parts.service = AnswerService(parts.config, parts.engine, text, parts.metrics, reader=reader)
     parts.has_started.set()
 
 

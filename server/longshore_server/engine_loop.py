@@ -20,6 +20,7 @@ from longshore_server.ipc import EngineMessage, Failed, Submit, TokenItem, Token
 from longshore_server.native.errors import InvalidRequestError as NativeInvalidRequestError
 from longshore_server.native.errors import PromptTooLongError as NativePromptTooLongError
 from longshore_server.native.errors import QueueFullError as NativeQueueFullError
+from longshore_server.native.images import ImageInput
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.trial import TrialNote
 
@@ -244,6 +245,7 @@ class EngineLoop:
                 priority=submit.priority,
                 deadline_s=arrival.deadline_s,
                 continue_from=submit.continue_from,
+                images=[ImageInput(each.height_px, each.width_px, each.rgb) for each in submit.images],
             )
         except Exception as error:  # one bad request fails alone
             self._end_trial(stream.engine_id)

@@ -29,6 +29,7 @@ from longshore_server.choice import Choice
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine, EngineToken, GenerateJob
 from longshore_server.event_buffer import EventBuffer
+from longshore_server.images import ImageReader
 from longshore_server.peer_counts import PeerCounts
 from longshore_server.planning import Plan, Planner
 from longshore_server.telemetry import shared
@@ -53,12 +54,15 @@ class AnswerService:
         text: ModelText,
         metrics: Metrics,
         *,
+        reader: ImageReader | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.engine = engine
         self.text = text
-        self._planner = Planner(config, engine, text)
+        reader = reader if "images" in engine.capabilities else None
+        self._planner = Planner(config, engine, text, reader)
+        self.takes_images = reader is not None
         self.metrics = metrics
         self.clock = clock
         # Twice what the engine runs at once keeps its batch full; those that wait in it go by lane, too.
@@ -295,6 +299,7 @@ class AnswerStream:
             resumed=is_resumed or self._was_resumed,
             hops=(self._hop(node),),
             segments=(segment,) if is_resumed else (),
+            images=plan.images,
         )
 
     def _hop(self, node: str) -> Hop:

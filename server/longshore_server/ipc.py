@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from longshore.errors import ProtocolError
-from longshore_server.engines.base import EngineStats, FinishReason, ModelInfo, SamplingSpec
+from longshore_server.engines.base import EngineStats, FinishReason, JobImage, ModelInfo, SamplingSpec
 
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ class Submit(_Message, frozen=True, tag="submit", kw_only=True):
     """A job under a stream number that the connection has not used before.
 
     `remaining_s` is what is left until its deadline; `replay` says that an engine died while it had this job.
+    `images` are pixels; the engine checks them against the prompt's image tokens.
     """
 
     stream: Number
@@ -60,6 +61,7 @@ class Submit(_Message, frozen=True, tag="submit", kw_only=True):
     remaining_s: float | None = None
     continue_from: TokenIds = ()
     replay: bool = False
+    images: tuple[JobImage, ...] = ()
 
 
 class Abort(_Message, frozen=True, tag="abort"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from longshore import bundle
 from longshore.errors import ConfigError
 from longshore_server.config import CoreConfig
+from longshore_server.image_sizes import ImageSizes
 
 
 def check_model_folder(config: CoreConfig) -> None:
@@ -27,6 +28,7 @@ def check_model_folder(config: CoreConfig) -> None:
     if config.load_format == "auto":
         _check_weights(folder)
     _check_json(config.tokenizer_dir / "tokenizer.json")
+    ImageSizes.load(folder)
 
 
 def model_digest(config: CoreConfig) -> str:

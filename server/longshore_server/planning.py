@@ -17,13 +17,17 @@ from longshore.errors import (
     UnknownModelError,
 )
 from longshore.seeds import sub_seed
-from longshore.wire import AnyRequest, ChatRequest, Continuation
+from longshore.wire import AnyRequest, ChatRequest, Continuation, ImageUse
 from longshore_server.admission import priority_of
 from longshore_server.auth import Caller
 from longshore_server.choice import Seam
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine, GenerateJob, SamplingSpec
+from longshore_server.images import ImageReader, ReadImages
 from longshore_server.text import ModelText, check_text_only
+
+ANSWER_ROOM_TOKENS = 64  # that pictures leave of the context, where smaller ones are to be had
+MAX_JOB_PIXELS = 2 * 1024 * 1024  # of the pictures of all choices, in the sizes they are read at
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Plan:
     deadline_s: float
     jobs: tuple[GenerateJob, ...]
     seam: Seam
+    images: tuple[ImageUse, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -46,11 +51,14 @@ class Plan:
 
 
 class Planner:
-    """Makes plans for one engine that has started."""
+    """Makes plans for one engine that has started; without a `reader` it takes no pictures."""
 
-    def __init__(self, config: CoreConfig, engine: Engine, text: ModelText) -> None:
+    def __init__(
+        self, config: CoreConfig, engine: Engine, text: ModelText, reader: ImageReader | None = None
+    ) -> None:
         self._config = config
         self._text = text
+        self._reader = reader
         self._info = engine.info
         self._can_resume = "resume" in engine.capabilities
 
@@ -59,6 +67,12 @@ class Planner:
         self._check(request, caller)
         seam, answer_so_far = self._seam(request.longshore.continue_from)
         prompts = await self._text.prompts(request, answer_so_far=answer_so_far)
+        shown = ReadImages()
+        if self._reader is not None:
+            shown = await self._read_images(self._reader, request, prompts)
+            prompts = tuple(
+                self._reader.sizes.expand(prompt, shown.uses, _param(request)) for prompt in prompts
+            )
         deadline_ms = request.longshore.deadline_ms
         remaining_s = self._config.default_deadline_s if deadline_ms is None else deadline_ms / 1000
         draft = GenerateJob(
@@ -68,6 +82,7 @@ class Planner:
             priority=priority_of(request.lane),
             deadline_s=arrived_s + remaining_s,
             continue_from=seam.token_ids,
+            images=shown.images,
         )
         return Plan(
             request=request,
@@ -78,6 +93,18 @@ class Planner:
             deadline_s=arrived_s + remaining_s,
             jobs=tuple(self._jobs(request, caller, prompts, seam, draft)),
             seam=seam,
+            images=shown.uses,
+        )
+
+    async def _read_images(
+        self, reader: ImageReader, request: AnyRequest, prompts: tuple[tuple[int, ...], ...]
+    ) -> ReadImages:
+        """The pictures, as large as they add something and context and engine hold them."""
+        num_text_tokens = max(map(len, prompts))
+        return await reader.read(
+            request,
+            max_tokens=self._info.max_model_len - num_text_tokens - ANSWER_ROOM_TOKENS,
+            max_pixels=MAX_JOB_PIXELS // request.n,  # each choice brings the engine its own copy
         )
 
     def _jobs(
@@ -101,7 +128,8 @@ class Planner:
         if request.model not in self._config.model_names:
             raise UnknownModelError(f"model: no model {request.model!r} here", param="model")
         caller.check(request)
-        check_text_only(request)
+        if self._reader is None:
+            check_text_only(request)
 
     def _seam(self, continuation: Continuation | None) -> tuple[Seam, str]:
         """Where the answer goes on, and the text that a model with other tokens has to read first."""
@@ -149,7 +177,7 @@ class Planner:
 
     def _max_tokens(self, request: AnyRequest, caller: Caller, prompt: tuple[int, ...]) -> int:
         """The most tokens of the whole answer: what was asked for, as far as the context holds it."""
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        param = _param(request)
         max_model_len = self._info.max_model_len
         _check_vocabulary(prompt, self._info.vocab_size, param)
         if not prompt:
@@ -166,6 +194,11 @@ class Planner:
             caller.max_tokens,
         )
         return min(limit for limit in limits if limit is not None)
+
+
+def _param(request: AnyRequest) -> str:
+    """The field that the prompt comes from."""
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
 
 
 def _check_vocabulary(token_ids: Iterable[int], vocab_size: int, param: str) -> None:

@@ -62,6 +62,8 @@ class ModelText:
     async def prompts(self, request: AnyRequest, *, answer_so_far: str = "") -> tuple[tuple[int, ...], ...]:
         """The token ids of each prompt of a request, `answer_so_far` appended to the last.
 
+        A picture is what the template writes for it, one token as a rule.
+
         Raises InvalidRequestError for a chat that the template refuses.
         """
         if _num_chars(request) <= LONG_TEXT_CHARS:
@@ -139,4 +141,14 @@ def _num_chars(request: AnyRequest) -> int:
 def _template_message(message: Message, foreign: ForeignText) -> dict[str, Any]:
     # "developer" is OpenAI's newer name of "system", and the only one that templates don't know
     role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": foreign.guard(message.text)}
+    return {"role": role, "content": _template_content(message, foreign)}
+
+
+def _template_content(message: Message, foreign: ForeignText) -> str | list[dict[str, str]]:
+    """Text, or parts where there are pictures, as templates of models that see take them."""
+    if isinstance(message.content, str) or not message.images:
+        return foreign.guard(message.text)
+    return [
+        {"type": "image"} if part.text is None else {"type": "text", "text": foreign.guard(part.text)}
+        for part in message.content
+    ]

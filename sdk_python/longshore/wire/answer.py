@@ -137,7 +137,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One entry of `GET /v1/models`; aliases are listed under their own ids with `root` set."""
+    """One entry of `GET /v1/models`; aliases are listed under their own ids with `root` set.
+
+    `input_modalities` is what its requests may hold, "text" and "image"; None where the tier does not say.
+    """
 
     ALWAYS_SENT: ClassVar[frozenset[str]] = frozenset({"id", "object", "created", "owned_by"})
     id: str
@@ -146,6 +149,7 @@ class ModelCard:
     root: str | None = None
     max_model_len: int | None = None
     model_digest: str | None = None
+    input_modalities: tuple[str, ...] | None = None
     object: Literal["model"] = "model"
 
 

@@ -50,13 +50,22 @@ class SamplingSpec:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class JobImage:
+    """A picture in the size that the model reads it at; `rgb` holds height x width x 3 bytes, row by row."""
+
+    height_px: int
+    width_px: int
+    rgb: bytes = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateJob:
     """One choice to generate.
 
     A smaller `priority` is served first. `deadline_s` is a time of this process's `time.monotonic()`.
     `continue_from` are answer tokens that exist already: the first new token has their number as its offset,
-    and `params.max_tokens` counts them in.
+    and `params.max_tokens` counts them in. `images` are those that the prompt's image tokens stand for.
     """
 
     request_id: str
@@ -66,6 +75,7 @@ class GenerateJob:
     priority: int = 0
     deadline_s: float | None = None
     continue_from: tuple[int, ...] = ()
+    images: tuple[JobImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

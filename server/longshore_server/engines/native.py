@@ -225,6 +225,7 @@ class NativeEngineClient:
                 remaining_s=remaining_s,
                 continue_from=flight.continue_from,
                 replay=replay,
+                images=job.images,
             )
         )
         flight.stream = stream

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from longshore_server.native.errors import InvalidRequestError
 
 FIELD = "images"
-MAX_IMAGES = 16
+MAX_IMAGES = 64
 MAX_REQUEST_PIXELS = 2 * 1024 * 1024  # of all images of a request, in the size that the tower sees
 MAX_STEP_PIXELS = 2 * 1024 * 1024  # that one step encodes, unless its first image alone is larger
 CHANNELS = 3

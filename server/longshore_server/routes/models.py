@@ -35,6 +35,7 @@ def _cards(service: AnswerService) -> list[ModelCard]:
             root=None if served == name else name,
             max_model_len=info.max_model_len,
             model_digest=info.digest,
+            input_modalities=("text", "image") if service.takes_images else ("text",),
         )
         for served in (name, *sorted(service.config.aliases))
     ]

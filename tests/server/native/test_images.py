@@ -236,7 +236,7 @@ def test_a_step_encodes_a_bounded_number_of_pixels(sizes, num_tokens, budget) ->
         ([IMAGE] * 4, [ImageInput(40, 40, bytes(40 * 40 * 3))], "multiples of 16 pixels"),
         ([IMAGE] * 4, [ImageInput(0, 0, b"")], "multiples of 16 pixels"),
         ([IMAGE] * 4, [ImageInput(32, 32, bytes(32))], "3 bytes for each pixel"),
-        ([IMAGE] * 4, [_image(1, 32)] * (MAX_IMAGES + 1), "over the bound of 16"),
+        ([IMAGE] * 4, [_image(1, 32)] * (MAX_IMAGES + 1), "over the bound of 64"),
         ([IMAGE] * 9216, [ImageInput(1536, 1536, bytes(1536 * 1536 * 3))], "pixels"),
     ],
 )

@@ -1,0 +1,262 @@
+"""A core whose model sees, over its real socket: OpenAI-shaped pictures, bad ones named, none mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import psutil
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoModelForImageTextToText
+from websockets.asyncio.client import connect
+
+from longshore.images import pixel_values
+from longshore.tier_process import TierProcess
+from seeing_models import picture_rgb, write_seeing_model
+
+MODEL = "seeing"
+KEY = "key"
+CHAT = "/v1/chat/completions"
+QUESTION = "what is it?"
+IMAGE = 1024
+
+
+@dataclass(frozen=True)
+class SeeingCore:
+    """Where it listens, the folder of its model, and its process."""
+
+    url: str
+    folder: Path
+    pid: int
+
+    def engine(self) -> psutil.Process:
+        children = psutil.Process(self.pid).children(recursive=True)
+        return next(each for each in children if "longshore_server.engine_process" in each.cmdline())
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeeingCore]:
+    folder = write_seeing_model(tmp_path_factory.mktemp("core") / MODEL)
+    flags = ["--model", str(folder), "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    environment = {"OMP_NUM_THREADS": "1", "LONGSHORE_API_KEY": KEY, "LONGSHORE_CORE_NUM_THREADS": "1"}
+    with TierProcess(["serve", *flags], environment=environment) as process:
+        yield SeeingCore(process.url, folder, process.pid)
+
+
+@pytest.fixture
+async def http(core: SeeingCore) -> AsyncIterator[httpx2.AsyncClient]:
+    headers = {"authorization": f"Bearer {KEY}"}
+    async with httpx2.AsyncClient(base_url=core.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+def file_of(seed: int, width_px: int = 64, height_px: int = 64) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture_rgb(seed, height_px, width_px)).save(out, "PNG")
+    return out.getvalue()
+
+
+def url_of(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def part(url: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **fields}}
+
+
+def body(*urls: str, text: str = QUESTION, **fields: Any) -> dict[str, Any]:
+    content = [*map(part, urls), {"type": "text", "text": text}]
+    values = {"model": MODEL, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    return values | {"messages": [{"role": "user", "content": content}]} | fields
+
+
+def expected(folder: Path, data: bytes, side_px: int, num_tokens: int = 12) -> str:
+    """The answer of transformers' own generate."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    shown = "<image>" * (side_px // 16) ** 2
+    ids = torch.tensor([tokenizer.encode(f"<|user|>{shown}{QUESTION}<|end|><|assistant|>").ids])
+    with torch.inference_mode():
+        answer = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.from_numpy(pixel_values(data, side_px, side_px))[None, None],
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    return tokenizer.decode(answer[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+
+
+def test_the_openai_client_shows_a_picture(core: SeeingCore) -> None:
+    """A PNG larger than the largest size, through the official client: whole, streamed, twice at once."""
+    data = file_of(1, 90, 70)
+    with openai.OpenAI(base_url=f"{core.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        asked: dict[str, Any] = {
+            "model": MODEL,
+            "messages": [
+                {"role": "user", "content": [part(url_of(data)), {"type": "text", "text": QUESTION}]}
+            ],
+            "temperature": 0,
+            "max_tokens": 12,
+            "extra_body": {"ignore_eos": True},
+        }
+        whole = client.chat.completions.create(**asked)
+        pieces = client.chat.completions.create(**asked, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
+        both = client.chat.completions.create(**asked, n=2)
+        (card,) = client.models.list().data
+    text = whole.choices[0].message.content
+    assert text == expected(core.folder, data, 64)
+    assert [streamed, *(choice.message.content for choice in both.choices)] == [text] * 3
+    assert whole.usage is not None and whole.usage.prompt_tokens > 16
+    assert whole.model_extra is not None
+    assert whole.model_extra["longshore"]["images"] == [
+        {"width_px": 64, "height_px": 64, "num_tokens": 16, "why": "full"}
+    ]
+    assert card.model_extra is not None and card.model_extra["input_modalities"] == ["text", "image"]
+
+
+async def _answer(http: httpx2.AsyncClient, **fields: Any) -> tuple[str, int]:
+    """The text, and how many of the prompt's tokens were known before."""
+    response = await http.post(CHAT, json=fields)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    return answer["choices"][0]["message"]["content"], cached
+
+
+async def test_pictures_and_texts_at_once_do_not_mix(core: SeeingCore, http: httpx2.AsyncClient) -> None:
+    urls = [url_of(file_of(10 + seed, side, side)) for seed, side in enumerate((32, 48, 64, 64))]
+    alone = [(await _answer(http, **body(url)))[0] for url in urls]
+    assert len(set(alone)) > 1
+    words = (await _answer(http, **body(text="hello")))[0]
+    asked = [*(body(url) for url in urls), body(text="hello")] * 2
+    together = await asyncio.gather(*(_answer(http, **each) for each in asked))
+    assert [text for text, _ in together] == [*alone, words] * 2
+    assert all(cached for _, cached in together[7:9])  # the larger pictures are known from before
+    first, second = url_of(file_of(20)), url_of(file_of(21))
+    both = await _answer(http, **body(first, second))
+    assert await _answer(http, **body(second, first)) != both
+    seen_before = url_of(file_of(1, 90, 70))
+    assert (await _answer(http, **body(seen_before)))[1] > 0
+    (low, _), (high, _) = [
+        await _answer(
+            http,
+            **body() | {"messages": [{"role": "user", "content": [part(seen_before, detail=detail)]}]},
+        )
+        for detail in ("low", "high")
+    ]
+    assert low != high
+
+
+async def test_a_picture_over_the_websocket(core: SeeingCore, http: httpx2.AsyncClient) -> None:
+    asked = body(url_of(file_of(3)))
+    text, _ = await _answer(http, **asked)
+    headers = {"authorization": f"Bearer {KEY}"}
+    async with connect(f"ws{core.url[4:]}/v1/stream", additional_headers=headers) as socket:
+        await socket.send(json.dumps(asked | {"stream": True}))
+        pieces = []
+        async with asyncio.timeout(30):
+            while (message := json.loads(await socket.recv()))["type"] != "finish":
+                pieces.append(message["text"])
+    assert "".join(pieces) + message.get("text", "") == text
+
+
+async def test_more_pictures_than_fit_are_read_smaller(http: httpx2.AsyncClient) -> None:
+    """Of 512 tokens of context, 40 pictures of 16 tokens leave nothing; each still has 4."""
+    response = await http.post(CHAT, json=body(*[url_of(file_of(4))] * 40))
+    assert response.status_code == 200, response.text
+    uses = response.json()["longshore"]["images"]
+    assert {use["why"] for use in uses} >= {"context"}
+    assert sum(use["num_tokens"] for use in uses) <= 512 - 64
+
+
+def bomb() -> bytes:
+    """A PNG of 30000 x 30000 pixels in a few kilobytes."""
+    import struct
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(3_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+GOOD = url_of(file_of(1, 32, 32))
+FIRST = "messages[0].content[0].image_url"
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "param"),
+    [
+        (body("https://example.org/cat.png"), "invalid_request", f"{FIRST}.url"),
+        (body("file:///etc/passwd"), "invalid_request", f"{FIRST}.url"),
+        (body("data:text/html;base64,AAAA"), "invalid_request", f"{FIRST}.url"),
+        (body("data:image/png;base64,%%%%"), "invalid_image", FIRST),
+        (body("data:image/png,plain"), "invalid_image", FIRST),
+        (body("data:image/png;base64,"), "invalid_image", FIRST),
+        (body(url_of(b"not a picture at all")), "invalid_image", FIRST),
+        (body(url_of(b"<svg/>", "svg+xml")), "invalid_image", FIRST),
+        (body(url_of(file_of(1)[:200])), "invalid_image", FIRST),
+        (body(url_of(bomb())), "invalid_image", FIRST),
+        (body(GOOD, url_of(b"x")), "invalid_image", "messages[0].content[1].image_url"),
+        (body(GOOD) | {"messages": [{"role": "user", "content": [part(GOOD, detail="huge")]}]},
+         "out_of_range", f"{FIRST}.detail"),
+        (body() | {"messages": [{"role": "user", "content": [part(GOOD)] * 40}] * 2},
+         "out_of_range", "messages"),
+        (body(GOOD, text="word " * 2000), "context_length_exceeded", "messages"),
+        (body(*[GOOD] * 60, text="word"), None, None),  # 240 tokens: these fit
+    ],
+)  # fmt: skip
+async def test_bad_pictures_are_refused_by_name(http: httpx2.AsyncClient, asked, code, param) -> None:
+    response = await http.post(CHAT, json=asked)
+    answer = response.json()
+    if code is None:
+        assert response.status_code == 200, answer
+        return
+    assert response.status_code == 400, answer
+    assert (answer["error"]["code"], answer["error"]["param"]) == (code, param)
+    assert (await http.post(CHAT, json=body(GOOD))).status_code == 200
+
+
+@pytest.mark.parametrize("prompt", ["a <image> b", [5, IMAGE, 6]])
+async def test_a_raw_prompt_cannot_name_a_picture_that_is_not_there(http, prompt) -> None:
+    asked = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "temperature": 0}
+    response = await http.post("/v1/completions", json=asked)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+    response = await http.post("/v1/completions", json=asked | {"prompt": "hello"})
+    assert response.status_code == 200
+
+
+async def test_an_answer_to_a_picture_survives_the_engines_death(core: SeeingCore, http) -> None:
+    asked = body(url_of(file_of(6)), max_tokens=400)
+    undisturbed, _ = await _answer(http, **asked)
+    text, is_killed = "", False
+    async with http.stream("POST", CHAT, json=asked | {"stream": True}) as response:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content") or ""
+            report = (chunk.get("longshore") or {}).get("report")
+            if not is_killed:
+                core.engine().kill()
+                is_killed = True
+    assert text == undisturbed
+    assert report["resumed"] is True
