@@ -10,6 +10,7 @@ import pytest
 from core_processes import tiny_model_folder
 from longshore_server.native import EngineConfig, NativeEngine
 from longshore_server.warm_up import warm_up
+from seeing_models import write_seeing_model
 
 
 @pytest.fixture
@@ -23,6 +24,16 @@ def test_it_leaves_an_idle_engine(engine: NativeEngine) -> None:
     assert not engine.has_unfinished()
     stats = engine.stats()
     assert stats.num_generated_tokens == 6 and stats.num_finished == 2 and stats.kv_usage == 0.0
+
+
+def test_a_model_that_sees_is_shown_an_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_seeing_model(tmp_path / "seeing")
+    engine = NativeEngine(EngineConfig(model=str(folder), num_kv_blocks=32))
+    with caplog.at_level(logging.WARNING):
+        warm_up(engine)
+    assert not caplog.text
+    assert engine.stats().num_generated_tokens == 6
+    assert len(engine._runner._embedder._kept) == 1
 
 
 def test_a_failure_is_told_and_the_engine_left_clean(

@@ -22,7 +22,7 @@ from longshore_server.native.errors import (
     PromptTooLongError,
     RanksLostError,
 )
-from longshore_server.native.images import ImageInput, PlacedImage
+from longshore_server.native.images import ImageGeometry, ImageInput, PlacedImage
 from longshore_server.native.outputs import EngineStats, FinishReason, StepStats, TokenOutput
 from longshore_server.native.ranks.start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
@@ -71,6 +71,7 @@ class NativeEngine:
     eos_token_ids: frozenset[int]
     vocab_size: int
     max_model_len: int
+    images: ImageGeometry | None  # None where the model does not see
     batch_invariant: bool  # answers are the same to the last bit in every batch, and resume byte-equal
 
     def __init__(
@@ -101,7 +102,7 @@ class NativeEngine:
             step_budget=_step_budget(config, self._step_times),
         )
         self._offload = built.offload
-        self._images = built.images
+        self.images = built.images
         if built.images is not None:
             self.capabilities |= {"images"}
         if built.offload is not None:
@@ -183,8 +184,8 @@ class NativeEngine:
     def _place_images(
         self, prompt_token_ids: SequenceOf[int], images: SequenceOf[ImageInput]
     ) -> tuple[PlacedImage, ...]:
-        if self._images is not None:
-            return self._images.place(prompt_token_ids, images)
+        if self.images is not None:
+            return self.images.place(prompt_token_ids, images)
         if images:
             raise InvalidRequestError("images", "this model takes none")
         return ()
