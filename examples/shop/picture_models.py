@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from shop.models import MODELS
@@ -159,7 +160,7 @@ def save_vision_model(model: SmolVLMForConditionalGeneration, path: Path, which:
     copy = SmolVLMForConditionalGeneration(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(path)
-    _write_tokenizer(path, model.config.image_token_id)
+    _write_tokenizer(path)
     _dump(path / "preprocessor_config.json", preprocessor_config(sizes_of(which).sizes_px))
     return path
 
@@ -182,12 +183,17 @@ def preprocessor_config(sizes_px: tuple[int, ...]) -> dict[str, object]:
     }
 
 
-def _write_tokenizer(path: Path, image_token_id: int) -> None:
-    """The Shop tokenizer and one more token, the picture's."""
+def vision_tokenizer(file: Path) -> Tokenizer:
+    """Write the Shop tokenizer with one more token, the picture's, to `file`, and load it."""
     tokenizer = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
-    last = tokenizer["added_tokens"][-1]
+    last, image_token_id = tokenizer["added_tokens"][-1], len(tokenizer["model"]["vocab"])
     tokenizer["added_tokens"].append({**last, "id": image_token_id, "content": IMAGE})
-    _dump(path / "tokenizer.json", tokenizer)
+    _dump(file, tokenizer)
+    return Tokenizer.from_file(str(file))
+
+
+def _write_tokenizer(path: Path) -> None:
+    vision_tokenizer(path / "tokenizer.json")
     config = json.loads((FOLDER / "tokenizer_config.json").read_text(encoding="utf-8"))
     _dump(path / "tokenizer_config.json", {**config, "chat_template": CHAT_TEMPLATE})
     for name in ("chat_prefix_suffix.json", "generation_config.json"):
