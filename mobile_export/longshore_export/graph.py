@@ -1,8 +1,8 @@
 """Builds the ONNX graph of a Llama-shaped decoder over a shared KV buffer.
 
-The graph is put together operator by operator, so that each layer is seven to nine fused kernels: one
-matrix product for q, k and v, attention with RoPE inside, one product for gate and up, norms that add the
-residual. Owns the graph and its names; reads no file and trains nothing.
+The graph is put together operator by operator, so that each layer is nine to eleven kernels: one matrix
+product for q, k and v, attention with RoPE inside, norms that add the residual. Owns the graph and its
+names; reads no file and trains nothing.
 
     inputs   input_ids [1, tokens] int64        the new tokens
              rows [rows] int64                  which of them need logits (only the last, as a rule)
@@ -270,13 +270,14 @@ class _Builder:
         return out[0], out[1], parts[2]
 
     def feed_forward(self, index: int, source: str) -> str:
+        """Gate and up are two products: one for both has to be split again, which costs more than it saves."""
         name, prefix = f"model.layers.{index}.mlp", f"layer{index}"
-        fused = self.linear(source, f"{prefix}.gate_up", [f"{name}.gate_proj", f"{name}.up_proj"])
-        self.node("Split", [fused], [f"{prefix}.gate", f"{prefix}.up"], axis=-1, num_outputs=2)
+        gate = self.linear(source, f"{prefix}.gate", [f"{name}.gate_proj"])
+        up = self.linear(source, f"{prefix}.up", [f"{name}.up_proj"])
         silu = self.node(
-            "QuickGelu", [f"{prefix}.gate"], [f"{prefix}.silu"], domain=CONTRIB_DOMAIN, alpha=1.0
+            "QuickGelu", [gate], [f"{prefix}.silu"], domain=CONTRIB_DOMAIN, alpha=1.0
         )  # x * sigmoid(1.0 * x)
-        gated = self.node("Mul", [silu, f"{prefix}.up"], [f"{prefix}.gated"])
+        gated = self.node("Mul", [silu, up], [f"{prefix}.gated"])
         return self.linear(gated, f"{prefix}.down", [f"{name}.down_proj"])
 
     def head(self, source: str) -> str:

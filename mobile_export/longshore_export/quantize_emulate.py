@@ -20,7 +20,8 @@ from longshore_export.quantize_recipe import Recipe
 PARTS = {
     "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
     "o": ("self_attn", ("o_proj",)),
-    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "gate": ("mlp", ("gate_proj",)),
+    "up": ("mlp", ("up_proj",)),
     "down": ("mlp", ("down_proj",)),
 }
 

@@ -1,6 +1,6 @@
 """The variants of a model by name: which part of it has which number format.
 
-Parts are `embedding`, `head` and `layerN.qkv|o|gate_up|down`. Rounds nothing itself.
+Parts are `embedding`, `head` and `layerN.qkv|o|gate|up|down`. Rounds nothing itself.
 """
 
 from __future__ import annotations
