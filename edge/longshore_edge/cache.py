@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longshore.errors import ConfigError
-from longshore.wire import AnyRequest, ChatRequest, Extension, dump_json, encode
+from longshore.wire import AnyRequest, ChatRequest, ContentPart, Extension, dump_json, encode
 
 _MAX_QUEUED_WRITES = 256
 _BUSY_TIMEOUT_S = 2.0
@@ -65,10 +65,11 @@ def answer_key(tenant: str, model_digest: str, request: AnyRequest) -> bytes:
     """SHA-256 over everything that decides the answer's bytes, and nothing that does not.
 
     The tenant comes first, so that no tenant ever reads another's answers. Request id, deadline,
-    target, lane and trace are left out; `stream` is in, since it decides the form.
+    target, lane and trace are left out; `stream` is in, since it decides the form. Pictures are in by their
+    digests: they are megabytes that would be written as JSON else.
     """
     bare = dataclasses.replace(
-        request,
+        _with_image_digests(request),
         longshore=Extension(continue_from=request.longshore.continue_from),
         user=None,
         metadata=None,
@@ -77,6 +78,27 @@ def answer_key(tenant: str, model_digest: str, request: AnyRequest) -> bytes:
     )
     kind = "chat" if isinstance(request, ChatRequest) else "completion"
     return hashlib.sha256(dump_json([1, tenant, model_digest, kind, encode(bare)])).digest()
+
+
+def _with_image_digests(request: AnyRequest) -> AnyRequest:
+    if not isinstance(request, ChatRequest) or not any(message.images for message in request.messages):
+        return request
+    messages = tuple(
+        dataclasses.replace(message, content=tuple(map(_with_digest, message.content)))
+        if not isinstance(message.content, str)
+        else message
+        for message in request.messages
+    )
+    return dataclasses.replace(request, messages=messages)
+
+
+def _with_digest(part: ContentPart) -> ContentPart:
+    if part.image_url is None:
+        return part
+    digest = hashlib.sha256(part.image_url.url.encode()).hexdigest()
+    return dataclasses.replace(
+        part, image_url=dataclasses.replace(part.image_url, url=f"data:image/sha256,{digest}")
+    )
 
 
 class KeyMemo:

@@ -61,6 +61,18 @@ class Call:
         return self.request.n * prompts
 
     @property
+    def first_image(self) -> str | None:
+        """The path of the request's first picture; None where there is none."""
+        if not isinstance(self.request, ChatRequest):
+            return None
+        for number, message in enumerate(self.request.messages):
+            parts = () if isinstance(message.content, str) else message.content
+            for index, part in enumerate(parts):
+                if part.image_url is not None:
+                    return f"messages[{number}].content[{index}].image_url"
+        return None
+
+    @property
     def wants_usage(self) -> bool:
         """True if the stream ends with a usage chunk."""
         options = self.request.stream_options

@@ -50,9 +50,14 @@ class Core:
             return f"breaker {self.breaker.state}, next probe in {self.breaker.retry_in_s():.1f} s"
         return "well"
 
-    def has_model(self, model: str) -> bool | None:
-        """Whether it serves `model`; None while it has not said."""
-        return None if self.models is None else model in self.models
+    def has_model(self, model: str, *, for_images: bool = False) -> bool | None:
+        """Whether it serves `model`, `for_images` to requests with pictures; None while it has not said."""
+        if self.models is None:
+            return None
+        card = self.models.get(model)
+        if card is None or not for_images:
+            return card is not None
+        return None if card.input_modalities is None else "image" in card.input_modalities
 
 
 class Fleet:
@@ -64,22 +69,26 @@ class Fleet:
         self._clock = clock
         self.cores = {settings.name: _core(settings, config, clock) for settings in config.cores}
 
-    def choose(self, model: str, client: Place | None, tried: frozenset[str]) -> tuple[Core, str] | None:
+    def choose(
+        self, model: str, client: Place | None, tried: frozenset[str], *, for_images: bool = False
+    ) -> tuple[Core, str] | None:
         """The core for the next attempt and why; None when no untried one is well."""
-        nearest = candidates(self._options(model), client, limit=self._limit, tried=tried)
+        nearest = candidates(self._options(model, for_images), client, limit=self._limit, tried=tried)
         if not nearest:
             return None
         loads = [self.cores[option.name].load for option in nearest]
         choice: Choice = self._policy.choose(loads, self._clock())
         return self.cores[choice.load.name], choice.reason
 
-    def model_is_unknown(self, model: str) -> bool:
-        """True when every core has said what it serves and none has `model`."""
-        return model_is_unknown(self._options(model))
+    def model_is_unknown(self, model: str, *, for_images: bool = False) -> bool:
+        """True when every core has said what it serves and none has `model`, or none `for_images`."""
+        return model_is_unknown(self._options(model, for_images))
 
-    def predicted_ttft_s(self, model: str, client: Place | None) -> tuple[Core, float] | None:
+    def predicted_ttft_s(
+        self, model: str, client: Place | None, *, for_images: bool = False
+    ) -> tuple[Core, float] | None:
         """The candidate with the least predicted time to first token, among those that were measured."""
-        nearest = candidates(self._options(model), client, limit=self._limit)
+        nearest = candidates(self._options(model, for_images), client, limit=self._limit)
         measured = [self.cores[option.name] for option in nearest]
         measured = [core for core in measured if core.load.ttft.num_samples]
         if not measured or len(measured) < len(nearest):
@@ -105,9 +114,9 @@ class Fleet:
                 cards.setdefault(name, card)
         return list(cards.values())
 
-    def _options(self, model: str) -> list[Option]:
+    def _options(self, model: str, for_images: bool) -> list[Option]:
         return [
-            Option(core.name, core.place, core.is_well(), core.has_model(model))
+            Option(core.name, core.place, core.is_well(), core.has_model(model, for_images=for_images))
             for core in self.cores.values()
         ]
 

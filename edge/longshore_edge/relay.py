@@ -17,6 +17,7 @@ from longshore.errors import (
     NoTierAvailableError,
     UnavailableError,
     UnknownModelError,
+    UnsupportedParameterError,
 )
 from longshore_edge import retry, stored
 from longshore_edge.answers import Answer, CoreStream, StreamAnswer, WholeAnswer, complete_whole
@@ -166,6 +167,8 @@ class Relay:
             return await self._from_student(call, f"{model} is the edge's own model", is_degraded=False)
         if self.fleet.model_is_unknown(model):
             raise UnknownModelError(f"no model {model[:100]!r} here", param="model")
+        if call.first_image is not None and self.fleet.model_is_unknown(model, for_images=True):
+            return await self._from_seeing_student(call, call.first_image)
         answer = await self._from_quicker_student(call)
         if answer is not None:
             return answer
@@ -176,10 +179,18 @@ class Relay:
                 raise
             return await self._last_resorts(call, error)
 
+    async def _from_seeing_student(self, call: Call, image: str) -> Answer:
+        """The student's answer to a request whose pictures no core takes; a typed refusal if it can't."""
+        answer = await self._try_student(call, f"no core takes pictures for {call.request.model[:100]}")
+        if answer is None:
+            raise UnsupportedParameterError(f"{image}: this model takes no images", param=image)
+        return answer
+
     async def _from_quicker_student(self, call: Call) -> Answer | None:
         """The student's answer where the cores are predicted to miss the target and it is quicker."""
         target_ms = call.request.longshore.ttft_target_ms or self.config.ttft_target_ms
-        best = self.fleet.predicted_ttft_s(call.request.model, call.place)
+        for_images = call.first_image is not None
+        best = self.fleet.predicted_ttft_s(call.request.model, call.place, for_images=for_images)
         if target_ms is None or best is None or best[1] * 1e3 <= target_ms:
             return None
         core, predicted_s = best
@@ -243,8 +254,11 @@ class Relay:
         tried: set[str] = set()
         num_lost = 0
         error: LongshoreError | None = None
+        for_images = call.first_image is not None
         for _ in range(self.config.max_tries):
-            choice = self.fleet.choose(call.request.model, call.place, frozenset(tried))
+            choice = self.fleet.choose(
+                call.request.model, call.place, frozenset(tried), for_images=for_images
+            )
             if choice is None or (tried and not self.budget.withdraw()):
                 break
             if not tried:

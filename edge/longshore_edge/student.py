@@ -114,8 +114,12 @@ class EdgeStudent:
 
     def card(self) -> ModelCard:
         """Its entry in the list of models."""
+        manifest = self._student.manifest
         return ModelCard(
-            self.name, max_model_len=self._student.manifest.kv.max_tokens, model_digest=self.model_digest
+            self.name,
+            max_model_len=manifest.kv.max_tokens,
+            model_digest=self.model_digest,
+            input_modalities=("text",) if manifest.vision is None else ("text", "image"),
         )
 
     def may_answer_for(self, model: str) -> bool:

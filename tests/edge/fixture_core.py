@@ -158,6 +158,8 @@ class FixtureCore:
             {"id": name, "object": "model", "created": 0, "owned_by": "x", "model_digest": DIGEST}
             for name in names
         ]
+        if "modalities" in self.settings:
+            cards = [card | {"input_modalities": self.settings["modalities"]} for card in cards]
         return web.json_response({"object": "list", "data": cards})
 
     async def set(self, http: web.Request) -> web.Response:
