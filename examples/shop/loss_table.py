@@ -31,6 +31,7 @@ from shop.question import KINDS
 from shop.sheet import make_sheet, split_rng
 
 TOKENS_PER_ITEM = 20
+SIZES = range(SMALLEST_SHEET, LARGEST_SHEET + 1)  # small sheets come more often: they teach the look-ups
 NUM_DATA_PARTS = 16
 HELDOUT_SEED = 7
 PROBED = ("hard", "hard + soft + hidden")
@@ -118,7 +119,7 @@ class Job:
 
 def chat_line(rng: Any, max_tokens: int) -> str:
     """A chat of several turns about one training sheet, about `max_tokens` long, as the command takes it."""
-    sheet = make_sheet(rng, rng.randint(SMALLEST_SHEET, LARGEST_SHEET), "train")
+    sheet = make_sheet(rng, rng.choices(SIZES, [size**-2 for size in SIZES])[0], "train")
     num_turns = max(1, (max_tokens - TOKENS_PER_ITEM * len(sheet.items)) // TOKENS_PER_TURN)
     chat = [system_message(sheet)]
     for question in questions(rng, sheet, num_turns):

@@ -10,6 +10,7 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ class Examples:
 
     def _encode(self, line: dict[str, Any]) -> Example:
         end_id = self._tokenizer.eos_token_id
-        ids, learnt = array("i"), []
+        ids: array[int] = array("i")
+        learnt: list[tuple[int, int]] = []
         for given, answer in self._turns(line):
             given_ids = self._tokenizer.encode(given, add_special_tokens=False) if given else []
             if learnt and given_ids[:1] == [end_id]:  # what ends an answer is part of it
@@ -146,6 +148,29 @@ class Examples:
 
     def _rendered(self, messages: list[dict[str, Any]]) -> str:
         return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+class Ahead:
+    """Batches of one process, each made in a thread while the step before it is trained; `close` ends it."""
+
+    def __init__(self, examples: Examples, rank: int, num_ranks: int, num_rows: int, seed: int) -> None:
+        self._examples, self._of = examples, (rank, num_ranks, num_rows, seed)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """That of `step`; raises what making it raised."""
+        wanted = self._next[1] if self._next and self._next[0] == step else self._make(step)
+        batch = wanted.result()
+        self._next = (step + 1, self._make(step + 1))
+        return batch
+
+    def close(self) -> None:
+        """Wait for the batch that nobody will ask for."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, step: int) -> Future[Batch]:
+        return self._thread.submit(self._examples.batch, step, *self._of)
 
 
 def _collate(examples: list[Example]) -> Batch:

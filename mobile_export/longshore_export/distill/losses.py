@@ -134,23 +134,24 @@ class Distiller(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, labels: Tensor, progress: float
     ) -> dict[str, Tensor]:
         """Losses by name, "total" among them; `labels` [batch, tokens] holds the next token, or -100."""
-        student, teacher = self._student[0], self._teacher[0]
+        student, teacher, w = self._student[0], self._teacher[0], self.weights
+        hidden_weight, attention_weight = w.hidden_at(progress), w.attention_at(progress)
         chosen = labels.flatten().ge(0).nonzero().squeeze(-1)
+        student_states = hidden_states(student, input_ids, position_ids)
+        student_logits = student.lm_head(_rows(student_states[-1], chosen))
+        losses = {"hard": F.cross_entropy(student_logits.float(), labels.flatten()[chosen])}
+        total = w.hard * losses["hard"]
+        if not (w.soft or hidden_weight or attention_weight):
+            return {**losses, "total": total}  # nobody asks the teacher
         with torch.no_grad():
             teacher_states = hidden_states(teacher, self._in_teachers(input_ids), position_ids)
             teacher_logits = self._in_students(teacher.lm_head(_rows(teacher_states[-1], chosen)))
-        student_states = hidden_states(student, input_ids, position_ids)
-        student_logits = student.lm_head(_rows(student_states[-1], chosen))
-        w = self.weights
-        losses = {
-            "hard": F.cross_entropy(student_logits.float(), labels.flatten()[chosen]),
-            "soft": soft_target_loss(student_logits, teacher_logits, w.temperature),
-        }
-        total = w.hard * losses["hard"] + w.soft * losses["soft"]
-        if (hidden_weight := w.hidden_at(progress)) > 0:
+        losses["soft"] = soft_target_loss(student_logits, teacher_logits, w.temperature)
+        total = total + w.soft * losses["soft"]
+        if hidden_weight > 0:
             losses["hidden"] = self.hidden_loss(student_states, teacher_states)
             total = total + hidden_weight * losses["hidden"]
-        if self.relation_loss is not None and (attention_weight := w.attention_at(progress)) > 0:
+        if self.relation_loss is not None and attention_weight > 0:
             losses["attention"] = self.relation_loss(student, student_states, teacher, teacher_states)
             total = total + attention_weight * losses["attention"]
         return {**losses, "total": total}

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from longshore.errors import ConfigError
 from longshore_export.distill import curves
 from longshore_export.distill.checkpoint import load_checkpoint, read_meta, save_checkpoint
-from longshore_export.distill.examples import Examples
+from longshore_export.distill.examples import Ahead, Examples
 from longshore_export.distill.losses import Distiller
 from longshore_export.distill.on_policy import Rows, write_rows
 from longshore_export.distill.pair import load_pair
@@ -73,7 +73,9 @@ class Trainer:
             raise ConfigError(f"the tokenizer in {pair.tokenizer_folder} names no end-of-text token")
         self._end_id: int = tokenizer.eos_token_id
         self._pad_id: int = self._end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._examples = Examples(settings.data, tokenizer, self._max_tokens())
+        examples = Examples(settings.data, tokenizer, self._max_tokens())
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self._batches = Ahead(examples, rank, num_ranks, settings.num_rows, settings.seed)
         optimiser = torch.optim.AdamW(self._lesson.parameters(), lr=settings.learning_rate, betas=ADAM_BETAS)
         self._wrapped, self._optimiser = self.accelerator.prepare(self._lesson, optimiser)
         settings.out.mkdir(parents=True, exist_ok=True)
@@ -101,11 +103,14 @@ class Trainer:
     def train(self, on_progress: Progress | None = None) -> Path:
         """Run to the end, from the checkpoint if there is one; returns the folder of the finished student."""
         self._resume()
-        while self.step < self.settings.num_steps:
-            losses = self._train_step()
-            self._note(losses, on_progress)
-            if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.num_steps:
-                self._checkpoint()
+        try:
+            while self.step < self.settings.num_steps:
+                losses = self._train_step()
+                self._note(losses, on_progress)
+                if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.num_steps:
+                    self._checkpoint()
+        finally:
+            self._batches.close()
         return self._finish()
 
     def _train_step(self) -> dict[str, Tensor]:
@@ -136,13 +141,13 @@ class Trainer:
     def _batch(self) -> tuple[Tensor | None, Tensor | None]:
         if self._is_on_policy():
             return None, None
-        batch = self._examples.batch(self.step, *self._share())
+        batch = self._batches.batch(self.step)
         return batch.input_ids.to(self._device), batch.labels.to(self._device)
 
     def _rows(self) -> Rows | None:
         if not self._is_on_policy():
             return None
-        prompts = self._examples.batch(self.step, *self._share()).prompts
+        prompts = self._batches.batch(self.step).prompts
         room = self.student.config.max_position_embeddings - max(map(len, prompts))
         num_new_tokens = max(1, min(self.settings.on_policy_tokens, room))
         seed = (self.settings.seed * 1_000_003 + self.step) * 1_009 + self.accelerator.process_index
@@ -155,10 +160,6 @@ class Trainer:
             return False
         share = settings.on_policy_share
         return int((self.step + 1) * share) > int(self.step * share)
-
-    def _share(self) -> tuple[int, int, int, int]:
-        accelerator, settings = self.accelerator, self.settings
-        return accelerator.process_index, accelerator.num_processes, settings.num_rows, settings.seed
 
     # -- what is kept ------------------------------------------------------------------------------
 
