@@ -17,6 +17,9 @@ from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
+from longshore_server.native.cpu.decoder import CompiledDecoder, can_compile
+from longshore_server.native.cpu.library import load_library
+from longshore_server.native.cpu.runner import CpuRunner
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.images import ImageGeometry
 from longshore_server.native.model import cpu_linear
@@ -58,7 +61,11 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     device = torch.device(config.device)
     geometries = _probe(loaded, device, config.model)
     dtype = loaded.model.dtype
-    batch_invariant = _make_invariant(loaded.model, config, geometries)
+    compiled = _compile(loaded, config, geometries)
+    if compiled is None:
+        batch_invariant = _make_invariant(loaded.model, config, geometries)
+    else:
+        batch_invariant = config.batch_invariant is not False
     kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
     num_blocks = _num_kv_blocks(config, loaded, bytes_per_block)
@@ -73,10 +80,13 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     embedder = None
     if loaded.tower is not None:
         embedder = ImageEmbedder(loaded.tower, loaded.model.get_input_embeddings())
-    if device.type == "cuda" and links is None and sparsity is None:
+    if compiled is not None:
+        compiled.attach(cache)
+        runner: Runner = CpuRunner(compiled)
+    elif device.type == "cuda" and links is None and sparsity is None:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
-        runner: Runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, embedder)
+        runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, embedder)
     else:
         attention = select_attention(
             device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds
@@ -102,6 +112,16 @@ def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[Layer
         raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
     except Exception as error:
         raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+
+
+def _compile(
+    loaded: LoadedModel, config: EngineConfig, geometries: list[LayerGeometry]
+) -> CompiledDecoder | None:
+    """On a CPU in float32, the model as compiled kernels run it, if they know it and a compiler is there."""
+    if not config.may_be_compiled or loaded.tower is not None or not can_compile(loaded.model, geometries):
+        return None
+    library = load_library()
+    return None if library is None else CompiledDecoder(library, loaded.model, loaded.max_model_len)
 
 
 def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: list[LayerGeometry]) -> bool:

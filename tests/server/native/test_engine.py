@@ -185,7 +185,7 @@ def test_a_request_that_breaks_the_model_ends_alone(mode, make_engine, greedy) -
     engine = make_engine("llama", enable_prefix_cache=False)
     expected = dict(zip(prompts, engine.generate(list(prompts.values()), params), strict=True))
 
-    engine = make_engine("llama")
+    engine = make_engine("llama", fuse_layers=False)
     Poison(engine, token=99, mode=mode)
     for request_id, prompt in prompts.items():
         engine.add_request(request_id, prompt, params)
@@ -203,7 +203,7 @@ def test_real_nan_in_one_requests_kv_reaches_no_other(make_engine, greedy, oracl
     prompts = [[10 + index] * (3 + 5 * index) for index in range(5)]
     params = greedy(8, ignore_eos=True, logit_bias={99: -100.0})
     clean = make_engine("mistral").generate(prompts, params)
-    engine = make_engine("mistral", num_kv_blocks=40, max_model_len=120)
+    engine = make_engine("mistral", num_kv_blocks=40, max_model_len=120, fuse_layers=False)
     with torch.no_grad():
         engine._runner.model.get_input_embeddings().weight[99] = float("nan")
     for round_number in range(3):
@@ -275,7 +275,7 @@ def test_random_adds_and_aborts_leave_the_books_clean(family, make_engine) -> No
 
 
 def test_generate_leaves_nothing_behind_when_it_fails(make_engine, greedy) -> None:
-    engine = make_engine("llama", max_num_seqs=2, max_num_waiting=0)
+    engine = make_engine("llama", max_num_seqs=2, max_num_waiting=0, fuse_layers=False)
     with pytest.raises(InvalidRequestError):
         engine.generate([[5], [6], [300]], [greedy(1), greedy(50, ignore_eos=True), greedy(1)])
     assert not engine.has_unfinished()

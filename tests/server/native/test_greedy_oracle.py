@@ -30,21 +30,27 @@ def _expected(model, prompt: list[int]) -> list[int]:
     return answer[0, len(prompt) :].tolist()
 
 
+PLAIN = {"fuse_layers": False}  # torch alone, also where a compiler is
+VARIANT = {**PLAIN, "batch_invariant": False}
+
+
 @pytest.mark.parametrize(
-    ("family", "batch_invariant"),
-    [*((family, None) for family in FAMILIES), ("llama", False), ("mistral", False)],
+    ("family", "settings"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *((family, PLAIN) for family in ("llama", "qwen3-mixed")),
+        *((family, VARIANT) for family in ("llama", "mistral")),
+    ],
 )
-def test_answers_equal_transformers_generate(family, batch_invariant, oracle, make_engine, greedy) -> None:
+def test_answers_equal_transformers_generate(family, settings, oracle, make_engine, greedy) -> None:
     prompts = _prompts(10, seed=FAMILIES.index(family))
     expected = [_expected(oracle(family), prompt) for prompt in prompts]
     assert any(len(prompt) + len(answer) > 60 for prompt, answer in zip(prompts, expected, strict=True))
 
-    alone = make_engine(family, max_num_seqs=1, enable_prefix_cache=False, batch_invariant=batch_invariant)
+    alone = make_engine(family, max_num_seqs=1, enable_prefix_cache=False, **settings)
     assert alone.generate(prompts, greedy(MAX_TOKENS)) == expected
 
-    mixed = make_engine(
-        family, max_num_seqs=6, max_num_batched_tokens=13, max_num_waiting=4, batch_invariant=batch_invariant
-    )
+    mixed = make_engine(family, max_num_seqs=6, max_num_batched_tokens=13, max_num_waiting=4, **settings)
     assert mixed.generate(prompts, greedy(MAX_TOKENS)) == expected
     assert mixed.stats().num_steps > len(prompts)
 
@@ -53,7 +59,7 @@ def test_answers_equal_transformers_generate(family, batch_invariant, oracle, ma
         num_kv_blocks=40,
         max_model_len=120,
         max_num_batched_tokens=32,
-        batch_invariant=batch_invariant,
+        **settings,
     )
     assert starved.generate(prompts, greedy(MAX_TOKENS)) == expected
     assert starved.stats().preemptions > 0

@@ -41,15 +41,17 @@ def _outputs(engine: NativeEngine, *requests: tuple) -> dict[str, list[TokenOutp
 
 
 @pytest.mark.parametrize("style", list(STYLES))
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_any_prefix_is_continued_to_the_bit(family, style, make_engine) -> None:
+@pytest.mark.parametrize(
+    ("family", "fuse_layers"), [("qwen3", None), ("mistral", None), ("mistral", False)], ids=str
+)
+def test_any_prefix_is_continued_to_the_bit(family, fuse_layers, style, make_engine) -> None:
     params = SamplingParams(max_tokens=30, ignore_eos=True, num_logprobs=2, **STYLES[style])
     prompt = _prompt(1)
-    engine = make_engine(family, enable_prefix_cache=False)
+    engine = make_engine(family, enable_prefix_cache=False, fuse_layers=fuse_layers)
     assert engine.batch_invariant
     whole = _outputs(engine, ("whole", prompt, params, ()))["whole"]
     tokens = [output.token_id for output in whole]
-    crowd = make_engine(family, max_num_batched_tokens=11, max_num_waiting=64)
+    crowd = make_engine(family, max_num_batched_tokens=11, max_num_waiting=64, fuse_layers=fuse_layers)
     requests = [(f"from-{cut}", prompt, params, tokens[:cut]) for cut in range(30)]
     resumed = _outputs(crowd, *requests)
     for cut in range(30):
@@ -63,8 +65,10 @@ def test_any_prefix_is_continued_to_the_bit(family, style, make_engine) -> None:
     assert whole[-1].finish_reason == "length"
 
 
-@pytest.mark.parametrize("batch_invariant", [None, False])
-def test_answers_do_not_depend_on_company(make_engine, batch_invariant) -> None:
+@pytest.mark.parametrize(
+    ("batch_invariant", "fuse_layers"), [(None, None), (None, False), (False, False)], ids=str
+)
+def test_answers_do_not_depend_on_company(make_engine, batch_invariant, fuse_layers) -> None:
     """Also outside the batch-invariant mode tokens agree: a last-bit difference would need a tie to show."""
     chosen = random.Random(3)
     requests = [
@@ -76,7 +80,8 @@ def test_answers_do_not_depend_on_company(make_engine, batch_invariant) -> None:
         )
         for index in range(20)
     ]
-    engine = make_engine("llama", max_num_seqs=1, enable_prefix_cache=False, batch_invariant=batch_invariant)
+    settings = {"batch_invariant": batch_invariant, "fuse_layers": fuse_layers}
+    engine = make_engine("llama", max_num_seqs=1, enable_prefix_cache=False, **settings)
     alone = {request[0]: _outputs(engine, request)[request[0]] for request in requests}
     chosen.shuffle(requests)
     crowd = make_engine(
@@ -85,7 +90,7 @@ def test_answers_do_not_depend_on_company(make_engine, batch_invariant) -> None:
         max_num_batched_tokens=17,
         num_kv_blocks=60,
         max_model_len=100,
-        batch_invariant=batch_invariant,
+        **settings,
     )
     together = _outputs(crowd, *requests)
     assert crowd.stats().preemptions > 0

@@ -36,7 +36,7 @@ class FusedAttention(nn.Module):
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.scale: float = attention.scaling
-        self.window = _window(attention)
+        self.window = window_of(attention)
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.qkv = make_product([getattr(attention, name) for name in PROJECTIONS], to_fp8)
         self.output = make_product([attention.o_proj], to_fp8)
@@ -155,7 +155,7 @@ def _matches(layer: nn.Module, rotary_dim: int) -> bool:
     )
 
 
-def _window(attention: Any) -> int | None:
+def window_of(attention: Any) -> int | None:
     """Qwen's attention says its window; Mistral's reads it from the config; Llama's has none."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[no-any-return]
