@@ -34,8 +34,8 @@ from longshore.policy import (
     Skipped,
     TierView,
     backoff_s,
+    count_images,
     first_token_budget_ms,
-    has_images,
     passed_over,
     plan,
 )
@@ -214,7 +214,7 @@ class Call:
             remaining_ms=(self.settings.deadline_s - now_s) * 1000,
             ttft_target_ms=self.settings.ttft_target_ms,
             device_only=self.request.longshore.privacy == "device-only",
-            has_images=has_images(self.request),
+            num_images=count_images(self.request),
             answer_tokens=sum(lengths) / len(lengths) if lengths else prior,
         )
 

@@ -74,7 +74,9 @@ class OnDevice:
         calibration = self.student.calibration
         if self.final_error is not None:
             return replace(view, broken=f"{self.final_error.code}: {self.final_error.message}")
-        view = replace(view, takes_images=bool(self.student.manifest.vision_buckets))
+        takes_images = self.student.manifest.vision is not None
+        image_ms = self.student.predicted_image_ms() if takes_images else 0.0
+        view = replace(view, takes_images=takes_images, image_ms=image_ms)
         if calibration is None:
             spent_ms = (now_s - self._started_s) * 1000 if self._thread is not None else 0.0
             return replace(view, ready_in_ms=max(0.0, _LOAD_PRIOR_MS - spent_ms))

@@ -32,6 +32,7 @@ class TierView:
     calibration instead, and `slowdown`, the measured time over the calibrated one.
     `num_waiting` requests of ours wait there for their first token, the oldest for `oldest_wait_ms`;
     each of them makes the next one's wait longer by the measured share `crowding`.
+    `image_ms` is what a device's encoder takes for one picture, beside the reading of its tokens.
     `open_for_ms` is above 0 while the breaker is open, `busy_for_ms` while a Retry-After runs,
     `broken` says why the tier can't serve at all.
     """
@@ -54,6 +55,7 @@ class TierView:
     last_error: str = ""
     max_model_len: int | None = None
     takes_images: bool = True
+    image_ms: float = 0.0
     broken: str = ""
 
 
@@ -66,7 +68,7 @@ class RequestFacts:
     remaining_ms: float
     ttft_target_ms: float
     device_only: bool = False
-    has_images: bool = False
+    num_images: int = 0
     answer_tokens: float = 64.0
 
     @property
@@ -144,7 +146,7 @@ def _ruled_out(view: TierView, facts: RequestFacts, mode: Mode) -> Skipped | Non
         return Skipped(view.tier, view.node, f"mode {mode}")
     if view.broken:
         return Skipped(view.tier, view.node, view.broken)
-    if facts.has_images and not view.takes_images:
+    if facts.num_images and not view.takes_images:
         return Skipped(view.tier, view.node, "takes no images")
     if view.max_model_len is not None and facts.num_prompt_tokens >= view.max_model_len:
         return Skipped(view.tier, view.node, _too_long(view, facts), prompt_too_long=True)
@@ -196,6 +198,7 @@ def _ttft(
     """The predicted time to first token, before and after the measured slowdown."""
     if view.prefill_tokens_per_s is not None:
         own_ms = _DEVICE_OVERHEAD_MS + facts.num_prompt_tokens / max(view.prefill_tokens_per_s, 1e-3) * 1000
+        own_ms += facts.num_images * view.image_ms
         ahead = view.num_in_flight + view.num_queued  # the device answers one at a time
         basis_ms = own_ms + ahead * (own_ms + facts.answer_tokens * ms_per_token)
         slowdown = _faded(view.slowdown, 1.0, view.age_ms, settings)
@@ -322,15 +325,14 @@ def estimate_prompt_tokens(request: AnyRequest) -> int:
     if not isinstance(request, ChatRequest):
         return max(_prompt_tokens(prompt) for prompt in request.prompts)
     num_text_bytes = sum(len(message.text.encode()) for message in request.messages)
-    num_images = sum(len(message.images) for message in request.messages)
     overhead = _OVERHEAD_TOKENS_PER_MESSAGE * len(request.messages)
-    return num_text_bytes // _BYTES_PER_TOKEN + overhead + num_images * _TOKENS_PER_IMAGE
+    return num_text_bytes // _BYTES_PER_TOKEN + overhead + count_images(request) * _TOKENS_PER_IMAGE
 
 
 def _prompt_tokens(prompt: str | tuple[int, ...]) -> int:
     return len(prompt.encode()) // _BYTES_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
 
 
-def has_images(request: AnyRequest) -> bool:
-    """True if any message holds an image."""
-    return isinstance(request, ChatRequest) and any(message.images for message in request.messages)
+def count_images(request: AnyRequest) -> int:
+    """How many pictures its messages hold."""
+    return sum(len(item.images) for item in request.messages) if isinstance(request, ChatRequest) else 0

@@ -59,6 +59,7 @@ def views(draw: st.DrawFn) -> list[TierView]:
                 last_error=draw(st.sampled_from(["", "upstream_failed"])),
                 max_model_len=draw(st.none() | st.integers(1, 4096)),
                 takes_images=draw(st.booleans()),
+                image_ms=draw(st.floats(0, 1e4)),
                 broken=draw(st.sampled_from(["", "bundle_damaged"])),
             )
         )
@@ -72,7 +73,7 @@ facts = st.builds(
     remaining_ms=st.floats(0.1, 1e6),
     ttft_target_ms=st.floats(1, 1e5),
     device_only=st.booleans(),
-    has_images=st.booleans(),
+    num_images=st.integers(0, 3),
     answer_tokens=st.floats(1, 1000),
 )
 modes = st.sampled_from(MODES)
@@ -97,7 +98,7 @@ def test_only_permitted_tiers_are_candidates(known: list[TierView], asked: Reque
     for item in plan(known, asked, mode, SETTINGS).candidates:
         view = by_node[item.node]
         assert not (view.broken or view.open_for_ms or view.busy_for_ms)
-        assert view.takes_images or not asked.has_images
+        assert view.takes_images or not asked.num_images
         assert view.max_model_len is None or asked.num_prompt_tokens < view.max_model_len
         assert not mode.endswith("-only") or mode == f"{item.tier}-only"
 

@@ -72,4 +72,5 @@ class AnswerWriter:
             resumed=self.plan.resumed,
             hops=(hop,),
             segments=(Segment(self.plan.segment, "device", NODE, self.model_digest, offset),),
+            images=tuple(image.use for image in self.plan.images),
         )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from longshore.device.resolution import VisionCalibration
+
 if TYPE_CHECKING:
     from longshore.device.session import DecoderSession
 
@@ -18,11 +20,15 @@ LEAST_GAIN = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Seconds to load the model, and tokens per second of reading a prompt and of writing an answer."""
+    """Seconds to load the model, and tokens per second of reading a prompt and of writing an answer.
+
+    `vision` is what its picture encoder takes, None for a model of text.
+    """
 
     load_s: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    vision: VisionCalibration | None = None
 
     def expected_ttft_s(self, num_prompt_tokens: int) -> float:
         """Time to the first token of an idle device, in seconds."""
@@ -36,11 +42,12 @@ class Calibration:
 def measure(session: DecoderSession, budget_s: float) -> tuple[float, float]:
     """(prefill, decode) tokens per second, medians over about `budget_s`; the cache's content is lost."""
     num_prompt = max(1, min(PREFILL_TOKENS, session.max_tokens // 2))
-    prompt = [token_id % session.vocab_size for token_id in range(num_prompt)]
+    words = [token_id for token_id in range(session.vocab_size) if token_id != session.image_token_id]
+    prompt = [words[number % len(words)] for number in range(num_prompt)]
     session.forward(prompt, 0)  # the first run allocates and is no measure
     prefill_s = _median_s(lambda _: session.forward(prompt, 0), budget_s / 2, 64)
     num_steps = min(MAX_DECODE_STEPS, session.max_tokens - num_prompt)
-    decode_s = _median_s(lambda step: session.forward([0], num_prompt + step), budget_s / 2, num_steps)
+    decode_s = _median_s(lambda step: session.forward(words[:1], num_prompt + step), budget_s / 2, num_steps)
     return num_prompt / prefill_s, 1 / decode_s
 
 

@@ -1,14 +1,18 @@
 """The model process: loads one graph under limits, answers one job at a time, and ends with its parent.
 
-    in    load {model, prefill_model, kv, num_threads, chunk, calibration_s, speculation,
-          memory_limit_bytes}, job {...}, cancel {id}
-    out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, error {id, kind, message}
+    in    load {model, prefill_model, encoder, kv, vision, image_sizes, num_threads, chunk, calibration_s,
+          speculation, memory_limit_bytes}, job {...}, cancel {id}
+    out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, refused {id, message},
+          error {id, kind, message}
 
-It opens no socket and no file but the model, and holds no text of anyone.
+It opens no socket and no file but the model's, and holds no text of anyone. Pictures are decoded here and not
+in the app, so that a decoder's fault or appetite ends with this process.
 """
 
 from __future__ import annotations
 
+import base64
+import math
 import os
 import queue
 import sys
@@ -19,10 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from longshore.device.frames import Frame, read_frame, write_frame
-from longshore.errors import BundleIncompatibleError
+from longshore.errors import BundleIncompatibleError, InvalidImageError
 
 if TYPE_CHECKING:
+    from longshore.device.encoder import JobImage, PictureEncoder
     from longshore.device.generate import GeneratedToken, Generator, Job
+    from longshore.wire import VisionGeometry
 
 EXIT_FAILED = 70
 PARENT_POLL_S = 1.0
@@ -105,24 +111,43 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     from longshore.device.operators import refuse_unknown
     from longshore.device.session import DecoderSession
     from longshore.device.speculate import PromptLookup
-    from longshore.wire import KvGeometry
+    from longshore.wire import KvGeometry, VisionGeometry
 
     refuse_unknown(frame["operators"])
     prefill_path = Path(frame["prefill_model"]) if frame["prefill_model"] else None
+    vision = VisionGeometry(**frame["vision"]) if frame["vision"] else None
 
     def open_session(num_threads: int) -> DecoderSession:
-        return DecoderSession(Path(frame["model"]), KvGeometry(**frame["kv"]), num_threads, prefill_path)
+        kv = KvGeometry(**frame["kv"])
+        return DecoderSession(Path(frame["model"]), kv, num_threads, prefill_path, vision)
 
     if frame["num_threads"]:
         session = open_session(frame["num_threads"])
     else:
         session = choose_threads(open_session, frame["calibration_s"], os.cpu_count() or 1)
+    encoder = _open_encoder(frame, vision, session.num_threads)
     load_s = time.perf_counter() - begin_s
     prefill, decode = measure(session, frame["calibration_s"])
-    ready = {"load_s": load_s, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
+    ready: Frame = {"load_s": load_s, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
     ready |= {"vocab_size": session.vocab_size, "onnxruntime": onnxruntime.__version__}
+    if encoder is not None:
+        ready["encode"] = _measure_encoder(encoder, frame["image_sizes"], frame["calibration_s"])
     write_frame(sink, {"type": "ready", **ready})
-    return Generator(session, frame["chunk"], PromptLookup() if frame["speculation"] else None)
+    return Generator(session, frame["chunk"], PromptLookup() if frame["speculation"] else None, encoder)
+
+
+def _open_encoder(frame: Frame, vision: VisionGeometry | None, num_threads: int) -> PictureEncoder | None:
+    from longshore.device.encoder import PictureEncoder
+
+    return PictureEncoder(Path(frame["encoder"]), vision, num_threads) if vision is not None else None
+
+
+def _measure_encoder(
+    encoder: PictureEncoder, sizes: list[tuple[int, int]], budget_s: float
+) -> tuple[int, float, int, float]:
+    from longshore.device.encoder import blank, measure_encoder
+
+    return measure_encoder(lambda width, height: encoder.encode(blank(width, height)), sizes, budget_s)
 
 
 def _limit(memory_bytes: int) -> None:
@@ -158,13 +183,19 @@ def _answer(generator: Generator, inbox: _Inbox, frame: Frame, sink: BinaryIO) -
         out: Frame = {"type": "token", "id": job_id, "token_id": sampled.token_id, "offset": token.offset}
         if token.num_cached:
             out["num_cached"] = token.num_cached
+        if token.encoded:
+            out["encoded"] = token.encoded
         if sampled.logprob is not None:
             out |= {"logprob": sampled.logprob, "top_logprobs": sampled.top_logprobs}
         if token.ending is not None:
             out["ending"] = token.ending
         write_frame(sink, out)
 
-    reason = generator.run(_job(frame), emit, lambda: inbox.is_cancelled(job_id))
+    try:
+        reason = generator.run(_job(frame), emit, lambda: inbox.is_cancelled(job_id))
+    except InvalidImageError as error:
+        write_frame(sink, {"type": "refused", "id": job_id, "message": error.message})
+        return
     write_frame(sink, {"type": "end", "id": job_id, "reason": reason})
 
 
@@ -174,13 +205,22 @@ def _job(frame: Frame) -> Job:
 
     sampling = dict(frame["sampling"])
     sampling["logit_bias"] = {int(key): value for key, value in sampling.get("logit_bias", {}).items()}
+    for token_id in frame["never"]:
+        sampling["logit_bias"][token_id] = -math.inf
     return Job(
         prompt=tuple(frame["prompt"]),
         generated=tuple(frame["generated"]),
         max_tokens=frame["max_tokens"],
         stop_token_ids=tuple(frame["stop_token_ids"]),
         sampling=SamplingSettings(**sampling),
+        images=tuple(map(_image, frame["images"])),
     )
+
+
+def _image(fields: Frame) -> JobImage:
+    from longshore.device.encoder import JobImage
+
+    return JobImage(**fields | {"data": base64.b64decode(fields["data"])})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Pure functions of request, manifest and text; refuses what this model can't do. 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from longshore.device.image_plan import ImagePolicy, PlannedImage, plan_images
 from longshore.device.text import StudentText, check_text_only
 from longshore.errors import InvalidRequestError, OutOfRangeError, PromptTooLongError, ResumeUnavailableError
 from longshore.seeds import sub_seed
@@ -47,6 +48,8 @@ class Plan:
     segment: int
     resumed: bool
     num_prompt_tokens: int
+    images: tuple[PlannedImage, ...] = ()
+    never: tuple[int, ...] = ()  # token ids that are not drawn: they stand for pictures
 
     def ending(self, choice: ChoicePlan) -> FinishReason | None:
         """Why the answer so far is whole already, or None."""
@@ -63,6 +66,8 @@ class Plan:
             "max_tokens": choice.max_tokens,
             "stop_token_ids": self.stop_token_ids,
             "sampling": self.sampling | {"seed": choice.seed},
+            "images": [image.job() for image in self.images],
+            "never": self.never,
         }
 
 
@@ -75,12 +80,61 @@ class _Seam:
     offset: int = 0
 
 
-def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Plan:
+def read_prompts(
+    request: AnyRequest,
+    manifest: Manifest,
+    text: StudentText,
+    policy: ImagePolicy,
+    so_far: str = "",
+    num_generated: int = 0,
+) -> tuple[list[tuple[int, ...]], tuple[PlannedImage, ...]]:
+    """Each prompt's token ids, `so_far` after it, and the pictures that their image tokens show.
+
+    Raises InvalidRequestError or a subclass, naming the field.
+    """
+    check_text_only(request, manifest)
+    prompts = text.prompts(request, so_far)
+    if manifest.vision is None:
+        return prompts, ()
+    token_id = manifest.vision.image_token_id
+    if not isinstance(request, ChatRequest):
+        _refuse_image_token("prompt", (item for prompt in prompts for item in prompt), token_id)
+        return prompts, ()
+    [prompt] = prompts
+    num_images = prompt.count(token_id)
+    images = plan_images(request, manifest, len(prompt) - num_images + num_generated, policy)
+    if num_images != len(images):
+        raise InvalidRequestError("the chat template names pictures that are not there", param="messages")
+    return [tuple(_expanded(prompt, token_id, images))], images
+
+
+def _refuse_image_token(param: str, token_ids: Iterable[int], image_token_id: int) -> None:
+    if image_token_id in token_ids:
+        raise InvalidRequestError(
+            f"token {image_token_id} stands for a picture, which only messages bring", param=param
+        )
+
+
+def _expanded(
+    prompt: tuple[int, ...], image_token_id: int, images: tuple[PlannedImage, ...]
+) -> Iterator[int]:
+    """The prompt with as many image tokens for each picture as its size makes."""
+    sizes = iter(images)
+    for token_id in prompt:
+        if token_id != image_token_id:
+            yield token_id
+        else:
+            yield from (token_id for _ in range(next(sizes).use.num_tokens))
+
+
+def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText, policy: ImagePolicy) -> Plan:
     """Raises InvalidRequestError or a subclass, or ResumeUnavailableError, naming the field."""
-    check_text_only(request)
     continuation = request.longshore.continue_from
     seam = _seam(continuation, manifest.model_digest)
-    prompts = text.prompts(request, seam.text)
+    never = () if manifest.vision is None else (manifest.vision.image_token_id,)
+    for token_id in never:
+        _refuse_image_token("longshore.continue_from.token_ids", seam.token_ids, token_id)
+    prompts, images = read_prompts(request, manifest, text, policy, seam.text, len(seam.token_ids))
     _check(request, manifest, prompts, seam.token_ids)
     return Plan(
         request_id=request.longshore.request_id or new_request_id(),
@@ -91,6 +145,8 @@ def make_plan(request: AnyRequest, manifest: Manifest, text: StudentText) -> Pla
         segment=continuation.segment if continuation else 0,
         resumed=continuation is not None,
         num_prompt_tokens=sum(map(len, prompts)),
+        images=images,
+        never=never,
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from longshore.device.frames import Frame, read_frame, write_frame
-from longshore.errors import BundleIncompatibleError, DeviceError
+from longshore.errors import BundleIncompatibleError, DeviceError, InvalidImageError
 
 _PACKAGE_ROOT = Path(__file__).parent.parent.parent
 _JOIN_S = 5.0
@@ -39,7 +39,7 @@ class Channel:
 
     def put(self, frame: Frame) -> None:
         self._frames.put(frame)
-        if frame["type"] in ("end", "error", "lost") and not self.is_over.is_set():
+        if frame["type"] in ("end", "refused", "error", "lost") and not self.is_over.is_set():
             self.is_over.set()
             self._ended()
 
@@ -142,8 +142,10 @@ class ModelProcess:
             self._popen.kill()
             channel.is_over.wait(_JOIN_S)
 
-    def failure(self, frame: Frame) -> DeviceError | BundleIncompatibleError:
+    def failure(self, frame: Frame) -> DeviceError | BundleIncompatibleError | InvalidImageError:
         """The error that a frame which is not a token tells of."""
+        if frame["type"] == "refused":
+            return InvalidImageError(frame["message"], param="messages")
         if frame["type"] == "error":
             if frame["kind"] == "memory":
                 return DeviceError(f"the model process reached its memory limit ({frame['message']})")

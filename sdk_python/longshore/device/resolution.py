@@ -65,7 +65,7 @@ def device_score(num_cores: int, num_threads: int) -> float:
     system says of them tells nothing between makes. `num_threads` 0 is as many as there are cores.
     """
     useful = min(num_cores, num_threads or num_cores, _MOST_USEFUL_CORES)
-    return float(max(1, useful)) ** 0.7
+    return math.pow(max(1, useful), 0.7)
 
 
 def prior_calibration(score: float) -> VisionCalibration:
@@ -106,7 +106,8 @@ def choose_bucket(
     """
     useful = useful_buckets(buckets, width_px, height_px)
     inside = [item for item in useful if calibration.predicted_ms(item, num_text_tokens) <= budget_ms]
-    return (inside or useful[:1] or [None])[-1]
+    candidates = inside or useful[:1]
+    return candidates[-1] if candidates else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ class DeviceSettings:
     graphs; None takes the first. `speculation` has tokens guessed by prompt lookup and checked together, in
     variants that compute each row by itself (fp32, int4); answers stay as they are. `cancel_grace_s` is how
     long a step may go on after a cancel before the child is ended.
+    `image_budget_ms` is the time to the first token that sizes of pictures are chosen for: the largest whose
+    predicted time is inside it; of a request with a deadline, at most half of what remains.
     `trust` is a trust store of operators' keys, one of which must have signed the bundle; without it the
     files are checked against the manifest alone.
     """
@@ -35,6 +37,7 @@ class DeviceSettings:
     variant: str | None = None
     trust: Path | None = None
     speculation: bool = True
+    image_budget_ms: float = 1000.0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -45,6 +48,7 @@ class DeviceSettings:
             ("calibration_s", 0.0, 10.0),
             ("start_timeout_s", 0.1, 3600.0),
             ("cancel_grace_s", 0.1, 600.0),
+            ("image_budget_ms", 0.0, 3_600_000.0),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"device setting {name} must be {low} to {high}, not {getattr(self, name)}")

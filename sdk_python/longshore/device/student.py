@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self, cast
@@ -20,8 +21,10 @@ from longshore.detokenize import IncrementalText
 from longshore.device.answer import AnswerWriter
 from longshore.device.calibrate import Calibration
 from longshore.device.call import Call
-from longshore.device.plan import ChoicePlan, make_plan
+from longshore.device.image_plan import ImagePolicy, KeptSizes
+from longshore.device.plan import ChoicePlan, Plan, make_plan, read_prompts
 from longshore.device.process import Channel, ModelProcess
+from longshore.device.resolution import VisionCalibration, device_score, prior_calibration
 from longshore.device.settings import DeviceSettings
 from longshore.device.text import StudentText
 from longshore.device.turn import Turnstile
@@ -55,6 +58,7 @@ class Student:
         self._finalizer: weakref.finalize[..., Student] | None = None
         self._calibration: Calibration | None = None
         self._text: StudentText | None = None
+        self._kept_sizes = KeptSizes()
         self._is_closed = False
 
     # --- what routing looks at ---
@@ -81,8 +85,25 @@ class Student:
         return process.pid if process is not None and process.is_alive else None
 
     def count_prompt_tokens(self, request: AnyRequest) -> int:
-        """Tokens of the request's prompts together; InvalidRequestError where they can't be made."""
-        return sum(map(len, self._texts().prompts(request)))
+        """Tokens of the request's prompts together, pictures included.
+
+        InvalidRequestError or a subclass where they can't be made.
+        """
+        prompts, _ = read_prompts(request, self.manifest, self._texts(), self._image_policy(None))
+        return sum(map(len, prompts))
+
+    @property
+    def vision_calibration(self) -> VisionCalibration:
+        """What pictures cost here: measured at the last start and with each since; before that, a guess."""
+        calibration = self._calibration
+        if calibration is not None and calibration.vision is not None:
+            return calibration.vision
+        return prior_calibration(device_score(os.cpu_count() or 1, self._settings.num_threads))
+
+    def predicted_image_ms(self) -> float:
+        """The encoder's time for one picture, at most: of the largest size, or the whole budget."""
+        largest = max((b.width_px * b.height_px for b in self.manifest.vision_buckets), default=0)
+        return min(self.vision_calibration.encode_ms(largest), self._settings.image_budget_ms)
 
     # --- start and end ---
 
@@ -132,9 +153,7 @@ class Student:
         DeadlineExceededError or DeviceError as it is read. The last FinishEvent has usage and report.
         """
         call = Call(_deadline(request, deadline_s))
-        writer = AnswerWriter(
-            make_plan(request, self.manifest, self._texts()), self._texts(), self.manifest.model_digest
-        )
+        writer = AnswerWriter(self._plan(request, call), self._texts(), self.manifest.model_digest)
         return self._events(call, writer)
 
     async def astream(
@@ -148,7 +167,7 @@ class Student:
         def pump() -> None:
             ending: BaseException | None = None
             try:
-                plan = make_plan(request, self.manifest, self._texts())
+                plan = self._plan(request, call)
                 for event in self._events(
                     call, AnswerWriter(plan, self._texts(), self.manifest.model_digest)
                 ):
@@ -167,6 +186,18 @@ class Student:
         finally:
             call.cancel()
             self._turnstile.nudge()
+
+    def _plan(self, request: AnyRequest, call: Call) -> Plan:
+        plan = make_plan(request, self.manifest, self._texts(), self._image_policy(call.deadline_s))
+        for image in plan.images:
+            self._kept_sizes.put(image.digest, (image.use.width_px, image.use.height_px))
+        return plan
+
+    def _image_policy(self, deadline_s: float | None) -> ImagePolicy:
+        budget_ms = self._settings.image_budget_ms
+        if deadline_s is not None:
+            budget_ms = min(budget_ms, max(0.0, (deadline_s - time.monotonic()) * 1e3 / 2))
+        return ImagePolicy(self.vision_calibration, budget_ms, self._kept_sizes)
 
     def _events(self, call: Call, writer: AnswerWriter) -> Generator[AnswerEvent, None, None]:
         try:
@@ -199,6 +230,7 @@ class Student:
         process, channel = self._submit(call, writer, choice)
         while True:
             frame = call.next_frame(process, channel)
+            self._learn(frame.get("encoded", ()))
             event = writer.token(choice, detokenizer, frame)
             if event is not None:
                 call.count_token()
@@ -225,6 +257,14 @@ class Student:
         call.attach(process, channel)
         return process, channel
 
+    def _learn(self, encoded: Sequence[tuple[int, float]]) -> None:
+        """Take in how long pictures took: (pixels, milliseconds) of each."""
+        for pixels, encode_ms in encoded:
+            calibration = self._calibration
+            if calibration is not None and calibration.vision is not None:
+                vision = calibration.vision.refined(pixels, encode_ms)
+                self._calibration = dataclasses.replace(calibration, vision=vision)
+
     # --- the process ---
 
     def _start_process(self) -> Calibration:
@@ -240,7 +280,12 @@ class Student:
         finally:
             self._starting = None
         self._process, self._finalizer = process, finalizer
-        return Calibration(ready["load_s"], ready["prefill_tokens_per_s"], ready["decode_tokens_per_s"])
+        prefill = ready["prefill_tokens_per_s"]
+        vision = None
+        if "encode" in ready:
+            small_pixels, small_ms, large_pixels, large_ms = ready["encode"]
+            vision = VisionCalibration(small_pixels, small_ms, large_pixels, large_ms, prefill)
+        return Calibration(ready["load_s"], prefill, ready["decode_tokens_per_s"], vision)
 
     def _check_bundle(self) -> None:
         trust = self._settings.trust
@@ -249,10 +294,14 @@ class Student:
             raise BundleDamagedError(f"the bundle at {self._bundle_dir} changed after it was opened")
 
     def _load_frame(self) -> dict[str, object]:
-        settings, prefill = self._settings, self._variant.prefill_file
+        settings, prefill, vision = self._settings, self._variant.prefill_file, self.manifest.vision
+        folder = self._bundle_dir.resolve()
         return {
-            "model": str(self._bundle_dir.resolve() / self._variant.file),
-            "prefill_model": str(self._bundle_dir.resolve() / prefill) if prefill else None,
+            "model": str(folder / self._variant.file),
+            "prefill_model": str(folder / prefill) if prefill else None,
+            "encoder": str(folder / vision.encoder_file) if vision else None,
+            "vision": dataclasses.asdict(vision) if vision else None,
+            "image_sizes": [(bucket.width_px, bucket.height_px) for bucket in self.manifest.vision_buckets],
             "operators": list(self._variant.required_operators),
             "kv": dataclasses.asdict(self.manifest.kv),
             "num_threads": settings.num_threads,

@@ -12,8 +12,10 @@ from longshore.wire import ChatTemplate, Message
 _STAND_IN = {"developer": "system"}
 
 
-def render_chat(template: ChatTemplate, messages: Sequence[Message], foreign: ForeignText) -> str:
-    """The prompt up to where the answer begins, its messages guarded.
+def render_chat(
+    template: ChatTemplate, messages: Sequence[Message], foreign: ForeignText, image: str = ""
+) -> str:
+    """The prompt up to where the answer begins, its messages guarded, `image` in place of each picture.
 
     Raises InvalidRequestError naming a role that the model doesn't know.
     """
@@ -25,5 +27,18 @@ def render_chat(template: ChatTemplate, messages: Sequence[Message], foreign: Fo
             raise InvalidRequestError(
                 f"this model knows no role {message.role!r}", param=f"messages[{index}].role"
             )
-        parts += [affixes.prefix, foreign.guard(message.text), affixes.suffix]
+        parts += [affixes.prefix, _content(message, foreign, image), affixes.suffix]
     return "".join(parts) + template.generation_prompt
+
+
+def _content(message: Message, foreign: ForeignText, image: str) -> str:
+    """Texts next to each other are guarded as one, since a control token may be spelt across them."""
+    if isinstance(message.content, str):
+        return foreign.guard(message.content)
+    pieces = [""]
+    for part in message.content:
+        if part.text is None:
+            pieces += [image, ""]
+        else:
+            pieces[-1] += part.text
+    return "".join(piece if index % 2 else foreign.guard(piece) for index, piece in enumerate(pieces))

@@ -24,13 +24,14 @@ class StudentText:
         self._tokenizer = _read_tokenizer(bundle_dir / manifest.tokenizer_file)
         self._encoder = PromptEncoder(self._tokenizer)
         self._bytes = TokenBytes(self._tokenizer)
+        self._image = self._image_text(manifest)
 
     def prompts(self, request: AnyRequest, answer_so_far: str = "") -> list[tuple[int, ...]]:
-        """The token ids of each prompt, with `answer_so_far` after it."""
+        """The token ids of each prompt, with `answer_so_far` after it; a picture is one image token."""
         foreign = self._encoder.foreign()
         so_far = foreign.guard(answer_so_far)
         if isinstance(request, ChatRequest):
-            text = render_chat(self._template, request.messages, foreign) + so_far
+            text = render_chat(self._template, request.messages, foreign, self._image) + so_far
             return [self._encoder.encode_prompt(text, foreign)]
         return [self._prompt(prompt, so_far, foreign) for prompt in request.prompts]
 
@@ -48,6 +49,15 @@ class StudentText:
         alternatives = tuple(TopLogprob(*self._described(other, value)) for other, value in top)
         return TokenLogprob(*self._described(token_id, logprob), alternatives)
 
+    def _image_text(self, manifest: Manifest) -> str:
+        """How the tokenizer spells the image token; "" for a model of text."""
+        if manifest.vision is None:
+            return ""
+        spelling = self._tokenizer.id_to_token(manifest.vision.image_token_id)
+        if spelling is None or self._encoder.encode(spelling) != (manifest.vision.image_token_id,):
+            raise BundleDamagedError("the tokenizer has no image token of the manifest's number")
+        return str(spelling)
+
     def _described(self, token_id: int, logprob: float) -> tuple[str, float, tuple[int, ...]]:
         value = max(logprob, _LEAST_LOGPROB)
         return self._bytes.text_of(token_id), value, self._bytes.tuple_of(token_id)
@@ -58,9 +68,9 @@ class StudentText:
         return prompt + (self._encoder.encode_prompt(so_far, foreign) if so_far else ())
 
 
-def check_text_only(request: AnyRequest) -> None:
-    """UnsupportedParameterError naming the first image; this model reads text."""
-    if not isinstance(request, ChatRequest):
+def check_text_only(request: AnyRequest, manifest: Manifest) -> None:
+    """UnsupportedParameterError naming the first image, where the model reads nothing but text."""
+    if not isinstance(request, ChatRequest) or manifest.vision is not None:
         return
     for number, message in enumerate(request.messages):
         if message.images:

@@ -1,4 +1,4 @@
-"""The choice of a picture's size: the golden vectors that Kotlin answers too, and what holds of any choice."""
+"""The choice of a picture's size: the golden vectors that Kotlin answers too, and what holds of any."""
 
 from __future__ import annotations
 

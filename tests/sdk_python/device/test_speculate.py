@@ -29,7 +29,7 @@ class Machine:
         self._period = period
         self.num_calls = 0
 
-    def forward(self, token_ids: Sequence[int], num_past: int) -> np.ndarray:
+    def forward(self, token_ids: Sequence[int], num_past: int, image_features: object = None) -> np.ndarray:
         return self.forward_rows(token_ids, num_past)[-1]
 
     def forward_rows(self, token_ids: Sequence[int], num_past: int) -> np.ndarray:
