@@ -105,7 +105,7 @@ class EngineConfig:
         """Whether layers are fused where the architecture is known."""
         if self.fuse_layers is not None:
             return self.fuse_layers
-        return self.num_ranks == 1 and (self.device != "cpu" or self.quantization != "none")
+        return self.placement == "tensor_parallel" and (self.device != "cpu" or self.quantization != "none")
 
     @property
     def num_ranks(self) -> int:
@@ -126,17 +126,16 @@ class EngineConfig:
     @property
     def may_be_batch_invariant(self) -> bool:
         is_exact = self.device == "cpu" and self.dtype in ("auto", "float32") and not self.fuses_layers
+        is_exact = is_exact and self.quantization == "none"
         return is_exact and parse_sparsity(self.attention_sparsity) is None
 
     def _check_quantization(self) -> None:
-        if self.fuse_layers and self.num_ranks > 1:
-            raise ConfigError("fuse_layers", "is available on one rank only")
+        if self.fuse_layers and self.placement != "tensor_parallel":
+            raise ConfigError("fuse_layers", f"cannot be had with placement {self.placement}")
         if self.quantization == "none":
             return
         if self.dtype == "float16" or (self.dtype == "float32" and self.device != "cpu"):
             raise ConfigError("quantization", f"{self.quantization} computes in bfloat16, not {self.dtype}")
-        if self.num_ranks > 1:
-            raise ConfigError("quantization", f"{self.quantization} is available on one rank only")
 
     def _check_numbers(self) -> None:
         check_int(ConfigError, "block_size", self.block_size, 1, 1024)

@@ -81,8 +81,6 @@ def test_fusing_is_not_called_batch_invariant(make_engine) -> None:
     assert not make_engine("llama", fuse_layers=True).batch_invariant
     with pytest.raises(ConfigError, match="batch_invariant"):
         make_engine("llama", fuse_layers=True, batch_invariant=True)
-    with pytest.raises(ConfigError, match="one rank"):
-        make_engine("llama", fuse_layers=True, tensor_parallel_size=2)
 
 
 # --- FP8 ---
@@ -163,9 +161,10 @@ def test_fp8_settings_that_cannot_be() -> None:
         {"quantization": "int3"},
         {"quantization": "fp8", "dtype": "float16"},
         {"quantization": "fp8", "device": "cuda", "dtype": "float32"},
-        {"quantization": "fp8", "tensor_parallel_size": 2},
     ):
         with pytest.raises(ConfigError, match="quantization"):
             EngineConfig(model="m", **settings)
     with pytest.raises(ConfigError, match="batch_invariant"):
         EngineConfig(model="m", quantization="fp8", batch_invariant=True)
+    with pytest.raises(ConfigError, match="batch_invariant"):
+        EngineConfig(model="m", quantization="fp8", fuse_layers=False, batch_invariant=True)

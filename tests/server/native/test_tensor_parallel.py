@@ -226,3 +226,41 @@ def test_a_folder_that_lacks_a_weight_is_told_by_whichever_rank_misses_it(
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ModelLoadError, match=r"layers\.1\.mlp\.up_proj"):
         spread_engine(model=str(tmp_path), tensor_parallel_size=2)
+
+
+# --- fused layers and FP8 ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_on_ranks_give_the_logits_of_one(family: str, model_folder: Any) -> None:
+    settings: dict[str, Any] = {"model": str(model_folder(family)), "num_kv_blocks": 64, "block_size": 4}
+    whole = _logits(EngineConfig(**settings))
+    for size in (2, 4):
+        fused = _logits(EngineConfig(**settings, fuse_layers=True, tensor_parallel_size=size))
+        assert (fused - whole).abs().max().item() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_on_ranks_is_as_near_to_plain_weights_as_on_one(family: str, model_folder: Any) -> None:
+    """Where rows are cut, each rank scales its own part; fused layers round as layers by themselves do."""
+    settings: dict[str, Any] = {"model": str(model_folder(family)), "num_kv_blocks": 64, "block_size": 4}
+    whole = _logits(EngineConfig(**settings))
+    settings["quantization"] = "fp8"
+    lost = (_logits(EngineConfig(**settings)) - whole).abs().mean().item()
+    for size in (2, 4):
+        fused, unfused = (
+            _logits(EngineConfig(**settings, fuse_layers=fuse, tensor_parallel_size=size))
+            for fuse in (True, False)
+        )
+        assert (fused - unfused).abs().max().item() < TOLERANCE
+        assert 0 < (fused - whole).abs().mean().item() < 1.3 * lost
+
+
+def test_fp8_with_attention_and_feed_forward_apart_is_that_of_one_rank(model_folder: Any) -> None:
+    settings: dict[str, Any] = {"model": str(model_folder("llama")), "num_kv_blocks": 64, "block_size": 4}
+    settings |= {"quantization": "fp8"}
+    one = _logits(EngineConfig(**settings, fuse_layers=False))
+    apart = _logits(EngineConfig(**settings, placement="attention_feed_forward"))
+    assert (apart - one).abs().max().item() < TOLERANCE
+    with pytest.raises(ConfigError, match="fuse_layers"):
+        EngineConfig(**settings, fuse_layers=True, placement="attention_feed_forward")

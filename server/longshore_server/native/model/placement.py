@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
+from longshore_server.native.model.build import LayerFinisher
 from longshore_server.native.model.materialize import build_on_meta, fill_buffers
 from longshore_server.native.model.shard import SafetensorsSlices, fill, fill_random
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan, check_heads, connect
@@ -59,16 +60,47 @@ def build_share(
         _put_feed_forward_elsewhere(model, links)
     else:
         _keep_feed_forward_alone(model)
+    finisher = ShareFinisher(model, config, plan, links)
     with torch.no_grad():
         if config.load_format == "random":
-            fill_random(model, plan, build_on_meta(hf_config, dtype), device, config.seed)
+            whole = build_on_meta(hf_config, dtype)
+            fill_random(model, plan, whole, device, config.seed, finisher.finish_part)
         else:
             with SafetensorsSlices(folder, dtype, device) as take:
-                fill(model, plan, take)
+                fill(model, plan, take, finisher.finish_part)
     fill_buffers(model, device)
-    if plan is not None:
-        connect(model, plan, links)
+    finisher.finish_model()
     return model
+
+
+class ShareFinisher:
+    """Connects each filled part to the other ranks and brings it into the form that serves."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        plan: TensorParallelPlan | None,
+        links: RankLinks,
+    ) -> None:
+        self._model, self._plan, self._links = model, plan, links
+        self._finisher = LayerFinisher(model, config)
+        self._to_connect = list(plan.styles) if plan is not None else []
+
+    def finish_part(self, index: int, label: str) -> None:
+        """Call it once a part has its weights; the label of what is no layer is empty and comes last."""
+        mine = [name for name in self._to_connect if not label or name.startswith(f"{label}.")]
+        self._to_connect = [name for name in self._to_connect if name not in mine]
+        if self._plan is not None:
+            connect(self._model, self._plan, self._links, mine)
+        if label:
+            self._finisher.finish_layer(index)
+
+    def finish_model(self) -> None:
+        """Call it after the last part."""
+        self._finisher.finish_model()
+        if self._links.device.type == "cuda":
+            torch.cuda.empty_cache()  # the KV cache is sized by what the device has free
 
 
 # --- attention and feed-forward apart ---
@@ -93,7 +125,7 @@ class FeedForwardRunner:
         self.links = links
         self._blocks = [layer.mlp for layer in _layers(model)]
         self._hidden_size: int = model.config.hidden_size
-        self._dtype = model.dtype
+        self._dtype: torch.dtype = model.config.dtype  # in FP8 no weight has it any more
 
     @torch.inference_mode()
     def run_rows(self, num_rows: int) -> None:

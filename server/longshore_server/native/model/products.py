@@ -100,7 +100,8 @@ def can_be_fp8(module: nn.Module) -> bool:
 def make_product(modules: Sequence[nn.Module], to_fp8: bool) -> Product:
     """One product over all `modules`, which read the same rows; FP8 where it is asked for and possible."""
     if len(modules) == 1 and type(modules[0]) is not nn.Linear:
-        return ModuleProduct(modules[0])
+        own: Product | None = getattr(modules[0], "as_product", lambda _: None)(to_fp8)
+        return ModuleProduct(modules[0]) if own is None else own
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if to_fp8 and all(can_be_fp8(each) for each in linears):
         return Fp8Product(linears)

@@ -23,15 +23,20 @@ from longshore_server.native.model.tensor_parallel import Slice, TensorParallelP
 
 # Gives a parameter's slice (the whole of it for None) on the device, in the model's dtype.
 TakeSlice = Callable[[str, Slice | None], torch.Tensor]
+# Told of each part of `materialize.parts` once it has its weights: its place among them, and its label.
+Filled = Callable[[int, str], None]
 
 
-def fill(model: PreTrainedModel, plan: TensorParallelPlan | None, take: TakeSlice) -> None:
+def fill(model: PreTrainedModel, plan: TensorParallelPlan | None, take: TakeSlice, filled: Filled) -> None:
     """Gives a model on the meta device this rank's weights; raises ModelLoadError when one is missing."""
-    for name, parameter in list(model.named_parameters()):
-        if name not in model.all_tied_weights_keys:
-            part = plan.slice_of(name, parameter.shape) if plan else None
-            _set(model, name, take(name, part), parameter.shape)
-    _tie(model, plan)
+    for index, (label, parameters) in enumerate(parts(model)):
+        for name, parameter in parameters.items():
+            if name not in model.all_tied_weights_keys:
+                part = plan.slice_of(name, parameter.shape) if plan else None
+                _set(model, name, take(name, part), parameter.shape)
+        if not label:
+            _tie(model, plan)
+        filled(index, label)
 
 
 def fill_random(
@@ -40,6 +45,7 @@ def fill_random(
     whole: PreTrainedModel,
     device: torch.device,
     seed: int,
+    filled: Filled,
 ) -> None:
     """Cuts this rank's weights out of `whole` (on the meta device), which is drawn and dropped part by part.
 
@@ -47,7 +53,7 @@ def fill_random(
     """
     source = RandomWeights(whole, device, seed)
     mine = {name for name, _ in model.named_parameters()}
-    for _, parameters in parts(whole):
+    for index, (label, parameters) in enumerate(parts(whole)):
         source.fill(parameters)
         for name in parameters:
             full = whole.get_parameter(name).data
@@ -56,7 +62,9 @@ def fill_random(
                 _set(model, name, part.of(full).clone() if part else full, full.shape)
             module_name, _, kind = name.rpartition(".")
             setattr(whole.get_submodule(module_name), kind, None)
-    _tie(model, plan)
+        if not label:
+            _tie(model, plan)
+        filled(index, label)
 
 
 def _tie(model: PreTrainedModel, plan: TensorParallelPlan | None) -> None:

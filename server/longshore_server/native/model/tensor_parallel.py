@@ -7,6 +7,7 @@ starts no process; after Megatron-LM (arXiv 1909.08053).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import nn
 
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
+from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.model.fused_ops import Rows
+from longshore_server.native.model.products import Product, make_product
 from longshore_server.native.ranks.links import RankLinks
 
 FIELD = "tensor_parallel_size"
@@ -125,9 +129,10 @@ def _check_style(name: str, module: nn.Module, style: str, model_type: str) -> N
 # --- where the ranks meet ---
 
 
-def connect(model: nn.Module, plan: TensorParallelPlan, links: RankLinks) -> None:
-    """Wraps the sharded modules that need the other ranks; call it once the rank's weights are in place."""
-    for name, style in plan.styles.items():
+def connect(model: nn.Module, plan: TensorParallelPlan, links: RankLinks, names: Iterable[str]) -> None:
+    """Wraps those of the named modules that need the other ranks; their weights must be in place."""
+    for name in names:
+        style = plan.styles[name]
         module = model.get_submodule(name)
         if style == "rowwise":
             model.set_submodule(name, RowParallel(module, links))
@@ -153,6 +158,50 @@ class RowParallel(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         output = self._links.add_up(self.linear(inputs))
         return output if self.bias is None else output + self.bias
+
+    def as_product(self, to_fp8: bool) -> Product:
+        """The same between the operations of a fused layer; it takes the layer's weights over."""
+        dtype: torch.dtype = self.linear.weight.dtype  # type: ignore[assignment,union-attr]
+        return RowParallelProduct(make_product([self.linear], to_fp8), dtype, self._links, self.bias)
+
+
+class RowParallelProduct(nn.Module):
+    """A product over one rank's inputs, added up over all ranks. What comes out has no scales.
+
+    In FP8 a rank scales its own part of each row and its own part of each output channel's weights, so its
+    partial product is multiplied out before it meets the others'.
+    """
+
+    def __init__(self, inner: Product, dtype: torch.dtype, links: RankLinks, bias: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.bias = bias
+        self._dtype = dtype
+        self._links = links
+
+    @property
+    def takes_fp8(self) -> bool:  # type: ignore[override]
+        return self.inner.takes_fp8
+
+    @property
+    def weight(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self.inner.weight
+
+    def forward(self, rows: Rows) -> ScaledOutput:
+        output = self._links.add_up(multiply_out(self.inner(rows), self._dtype))
+        return ScaledOutput(output if self.bias is None else output + self.bias)
+
+    def in_halves(self, rows: Rows) -> tuple[ScaledOutput, torch.Tensor | None]:
+        return self(rows), None
+
+
+def multiply_out(product: ScaledOutput, dtype: torch.dtype) -> torch.Tensor:
+    """The plain tensor [tokens, channels]; on a GPU in one kernel."""
+    if product.values.is_cuda and product.row_scales is not None:
+        from longshore_server.native.model import triton_resolve  # triton is on GPUs only
+
+        return triton_resolve.resolve(product, dtype)
+    return product.resolve(dtype)
 
 
 class GatheredColumns(nn.Module):
