@@ -1,19 +1,20 @@
-"""A Llama folder as a GGUF file with every matrix in Q4_0 or Q8_0, for scripts/bench_device.py.
+"""A Llama folder as a GGUF file with every matrix in Q4_0, Q8_0 or F16, for scripts/bench_device*.py.
 
-Arguments: model folder, Q4_0 or Q8_0, file to write. Needs gguf, numpy and safetensors; no vocabulary is
-written, since the benchmark speaks in token ids.
+Arguments: model folder, format, file to write. Needs gguf and numpy; no vocabulary is written, since the
+benchmarks speak in token ids.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf.quants import quantize
-from safetensors import safe_open
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -27,6 +28,30 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+FILE_TYPES = {
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the safetensors files in float32; bf16 is the upper half of a float32."""
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        for name, entry in json.loads(data[8 : 8 + length]).items():
+            if name == "__metadata__":
+                continue
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            if entry["dtype"] == "BF16":
+                wide = np.frombuffer(data[begin:end], "<u2").astype(np.uint32) << 16
+            else:
+                assert entry["dtype"] == "F32", f"{name} is {entry['dtype']}"
+                wide = np.frombuffer(data[begin:end], "<u4")
+            yield name, wide.view(np.float32).reshape(entry["shape"])
 
 
 def renamed(name: str) -> str:
@@ -57,19 +82,17 @@ def write(folder: Path, form: gguf.GGMLQuantizationType, out: Path) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(2 if form == gguf.GGMLQuantizationType.Q4_0 else 7)
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), "np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                array = tensors.get_tensor(name).astype(np.float32)
-                if "q_proj" in name:
-                    array = interleaved(array, config["num_attention_heads"])
-                if "k_proj" in name:
-                    array = interleaved(array, config["num_key_value_heads"])
-                if array.ndim == 1:
-                    writer.add_tensor(renamed(name), array)
-                else:
-                    writer.add_tensor(renamed(name), quantize(array, form), raw_dtype=form)
+    writer.add_file_type(FILE_TYPES[form.name])
+    for name, tensor in tensors(folder):
+        array = tensor
+        if "q_proj" in name:
+            array = interleaved(array, config["num_attention_heads"])
+        if "k_proj" in name:
+            array = interleaved(array, config["num_key_value_heads"])
+        if array.ndim == 1:
+            writer.add_tensor(renamed(name), array)
+        else:
+            writer.add_tensor(renamed(name), quantize(array, form), raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,8 +1,9 @@
-"""One engine of scripts/bench_device.py in a process of its own: answers `run` lines on stdin with JSON.
+"""One engine of scripts/bench_device*.py in a process of its own: answers each line on stdin with JSON.
 
-Arguments: kind (longshore, llama, genai, torch), model path. Each run is one prompt and one greedy answer,
-timed in CPU seconds of this process, which other work on the machine disturbs least, and in wall seconds.
-Run by any Python that has the engine; imports nothing of Longshore but for its own kind.
+Arguments: kind (longshore, llama, genai, torch), model path, options. Each line is one prompt and one greedy
+answer: `num_decode` tokens of it, or, with `stop`, the whole answer. Timed in CPU seconds of this process,
+which other work on the machine disturbs least, and in wall seconds. Run by any Python that has the engine;
+imports nothing of Longshore but for its own kind.
 """
 
 from __future__ import annotations
@@ -16,17 +17,58 @@ from typing import Any
 import numpy as np
 
 Step = Callable[[list[int], int], int]  # tokens and how many stand before them -> the greedy next one
+Answer = Callable[[list[int], list[int], int], list[int]]  # prompt, stop tokens, most tokens -> answer
 
 
 def longshore(path: str, options: dict[str, Any]) -> Step:
+    session = open_session(path, options)
+    return lambda tokens, past: int(session.forward(tokens, past).argmax())
+
+
+def open_session(path: str, options: dict[str, Any]) -> Any:
     from pathlib import Path
 
     from longshore.device.session import DecoderSession
     from longshore.wire import KvGeometry
 
     prefill = Path(options["prefill"]) if options.get("prefill") else None
-    session = DecoderSession(Path(path), KvGeometry(**options["kv"]), 1, prefill)
-    return lambda tokens, past: int(session.forward(tokens, past).argmax())
+    return DecoderSession(Path(path), KvGeometry(**options["kv"]), 1, prefill)
+
+
+def longshore_answers(path: str, options: dict[str, Any]) -> Answer:
+    """Whole answers by the device runtime's own loop, with or without guessing; the cache starts empty."""
+    from longshore.device.generate import GeneratedToken, Generator, Job
+    from longshore.device.sampling import SamplingSettings
+    from longshore.device.speculate import PromptLookup
+
+    session, greedy = open_session(path, options), SamplingSettings(temperature=0.0)
+
+    def answer(prompt: list[int], stop: list[int], max_tokens: int) -> list[int]:
+        generator = Generator(session, 256, PromptLookup() if options["guess"] else None)
+        told: list[GeneratedToken] = []
+        job = Job(
+            prompt=tuple(prompt),
+            generated=(),
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(stop),
+            sampling=greedy,
+        )
+        generator.run(job, told.append, lambda: False)
+        return [token.sampled.token_id for token in told]
+
+    return answer
+
+
+def answers_of(step: Step) -> Answer:
+    """Whole answers one step at a time."""
+
+    def answer(prompt: list[int], stop: list[int], max_tokens: int) -> list[int]:
+        tokens = [step(prompt, 0)]
+        while tokens[-1] not in stop and len(tokens) < max_tokens:
+            tokens.append(step(tokens[-1:], len(prompt) + len(tokens) - 1))
+        return tokens
+
+    return answer
 
 
 def llama(path: str, options: dict[str, Any]) -> Step:
@@ -119,12 +161,24 @@ def timed(step: Step, prompt: list[int], num_decode: int) -> dict[str, Any]:
     }
 
 
+def timed_answer(answer: Answer, job: dict[str, Any]) -> dict[str, Any]:
+    begin_cpu_s, begin_s = time.process_time(), time.perf_counter()
+    tokens = answer(job["prompt"], job["stop"], job["max_tokens"])
+    cpu_s = time.process_time() - begin_cpu_s
+    return {"cpu_s": cpu_s, "wall_s": time.perf_counter() - begin_s, "tokens": tokens}
+
+
 def main() -> None:
     kind, path, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    step = {"longshore": longshore, "llama": llama, "genai": genai, "torch": eager}[kind](path, options)
+    if "guess" in options:
+        answer = longshore_answers(path, options)
+    else:
+        step = {"longshore": longshore, "llama": llama, "genai": genai, "torch": eager}[kind](path, options)
+        answer = answers_of(step)
     for line in sys.stdin:
         job = json.loads(line)
-        print(json.dumps(timed(step, job["prompt"], job["num_decode"])), flush=True)
+        told = timed_answer(answer, job) if "stop" in job else timed(step, job["prompt"], job["num_decode"])
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
