@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -95,6 +95,14 @@ def image_urls(request: AnyRequest) -> Iterator[tuple[str, ImageUrl]]:
         for index, part in enumerate(message.content):
             if part.image_url is not None:
                 yield f"messages[{number}].content[{index}].image_url", part.image_url
+
+
+def without_pictures(request: AnyRequest) -> AnyRequest:
+    """The request with its text alone."""
+    if not isinstance(request, ChatRequest) or not any(message.images for message in request.messages):
+        return request
+    messages = tuple(replace(message, content=message.text) for message in request.messages)
+    return replace(request, messages=messages)
 
 
 def _read(urls: list[tuple[str, ImageUrl]], choose: Choose) -> ReadImages:

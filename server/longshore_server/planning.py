@@ -23,7 +23,7 @@ from longshore_server.auth import Caller
 from longshore_server.choice import Seam
 from longshore_server.config import CoreConfig
 from longshore_server.engines.base import Engine, GenerateJob, SamplingSpec
-from longshore_server.images import ImageReader, ReadImages
+from longshore_server.images import ImageReader, ReadImages, without_pictures
 from longshore_server.text import ModelText, check_text_only
 
 ANSWER_ROOM_TOKENS = 64  # that pictures leave of the context, where smaller ones are to be had
@@ -85,7 +85,7 @@ class Planner:
             images=shown.images,
         )
         return Plan(
-            request=request,
+            request=without_pictures(request),  # megabytes that nobody needs while the answer lasts
             request_id=request_id,
             caller=caller,
             model=self._config.model_name,

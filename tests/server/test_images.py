@@ -23,7 +23,7 @@ from longshore.errors import (
 )
 from longshore.wire import ChatRequest, ImageUse, VisionBucket, decode_chat_request
 from longshore_server.image_sizes import ImageSizes, Picture
-from longshore_server.images import ImageReader
+from longshore_server.images import ImageReader, without_pictures
 from longshore_server.text import ModelText
 from seeing_models import write_seeing_model
 
@@ -167,6 +167,14 @@ async def test_pictures_come_in_their_order_and_size() -> None:
     assert [(each.height_px, each.width_px) for each in read.images] == [(16, 16), (128, 128)]
     assert read.images[0].rgb == bytes([255, 0, 0]) * 256
     assert read.images[1].rgb == bytes([0, 0, 255]) * 128 * 128
+
+
+def test_a_request_that_was_read_keeps_its_text_alone() -> None:
+    request = chat(png_url())
+    bare = without_pictures(request)
+    assert [message.text for message in bare.messages] == ["what is it?"]
+    assert not bare.messages[0].images and bare.model == request.model
+    assert without_pictures(bare) is bare
 
 
 async def test_a_bad_picture_is_named() -> None:

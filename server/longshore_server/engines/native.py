@@ -52,7 +52,7 @@ from longshore_server.ipc import (
 logger = logging.getLogger(__name__)
 
 READY_SILENCE_S = 1.0
-MAX_UNSENT_BYTES = 64 * 1024 * 1024
+MAX_UNSENT_BYTES = 256 * 1024 * 1024  # after a restart all jobs in flight go out at once, with their pictures
 _READ_BYTES = 256 * 1024
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 1.0

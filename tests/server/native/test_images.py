@@ -143,6 +143,8 @@ def test_answers_equal_transformers_generate(folder, oracle) -> None:
     starved = _engine(folder, num_kv_blocks=24, max_model_len=96, enable_prefix_cache=False)
     assert _run(starved, asked) == expected
     assert starved.stats().preemptions > 0
+    swapped = _engine(folder, num_kv_blocks=24, max_model_len=96, kv_swap=("host:1MiB",))
+    assert _run(swapped, asked) == expected
     fused = _engine(folder, fuse_layers=True)
     assert isinstance(fused._runner.model.model, FusedDecoder)
     assert _run(fused, asked) == expected
@@ -255,6 +257,16 @@ def test_a_model_without_eyes_refuses_images(make_engine, greedy) -> None:
 def test_several_ranks_refuse_a_model_that_sees(folder) -> None:
     with pytest.raises(UnsupportedModelError, match="one rank"):
         _engine(folder, tensor_parallel_size=2)
+
+
+def test_layers_in_fp8_see(folder) -> None:
+    """The tower keeps its own numbers, so that features stay what they are."""
+    engine, plain = _engine(folder, quantization="fp8"), _engine(folder)
+    with torch.inference_mode():
+        ours, theirs = (each._runner._embedder._tower.encode(_image(1, 64)) for each in (engine, plain))
+    assert torch.equal(ours, theirs)
+    answers = _run(engine, _asked()[:2])
+    assert answers[0] != answers[1]
 
 
 def test_random_weights_see(folder) -> None:

@@ -107,7 +107,8 @@ def model_cost(
     folder: str, dtype: torch.dtype, *, quantization: str, kv_cache_dtype: str
 ) -> ModelCost | None:
     """Counts a folder's model; None for mixtures of experts, whose steps read only some of their weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = whole.get_text_config()  # a model that sees answers prompts of text with this alone
     if any("experts" in key for key in config.to_dict()):
         return None
     with torch.device("meta"):
