@@ -25,6 +25,7 @@ from longshore.errors import (
     ProtocolError,
     RequestError,
     TierError,
+    UnsupportedParameterError,
 )
 from longshore.measure import RetryBudget, Ticket, TierMeter
 from longshore.policy import (
@@ -285,7 +286,7 @@ class Call:
         self._round_errors.append(error)
         if has_begun and self.settings.delivers_tokens:
             self._raise_interrupted(error)
-        if not _moves_on(error, candidate):
+        if not _moves_on(error, candidate, count_images(self.request)):
             raise self._told(error)
         if now_s >= self.settings.deadline_s:
             self._raise_late()
@@ -397,10 +398,13 @@ class Call:
         return self._ticket
 
 
-def _moves_on(error: LongshoreError, candidate: Candidate) -> bool:
-    """True if another tier may do better: never for a bad request, unless only the device refused it."""
+def _moves_on(error: LongshoreError, candidate: Candidate, num_images: int) -> bool:
+    """True if another tier may do better: never for a bad request, unless only the device refused it, or the
+    tier may have refused no more than pictures, which another model may take."""
     if isinstance(error, CancelledError):
         return False
+    if isinstance(error, UnsupportedParameterError) and num_images:
+        return True
     if isinstance(error, RequestError):
         return candidate.tier == "device"
     return isinstance(error, _MOVES_ON)

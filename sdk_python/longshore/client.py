@@ -25,9 +25,11 @@ from longshore.config import (
     check_mode,
 )
 from longshore.errors import ConfigError, LongshoreError, NoTierAvailableError
+from longshore.image_parts import holds_images
 from longshore.measure import RetryBudget, TierMeter
 from longshore.on_device import NODE as DEVICE_NODE
 from longshore.on_device import OnDevice
+from longshore.params import ChatParams, chat_request
 from longshore.policy import TierView, estimate_prompt_tokens
 from longshore.resources import (
     AsyncChat,
@@ -42,6 +44,7 @@ from longshore.transport import AsyncHttpTransport, HttpTransport, Timing, open_
 from longshore.wire import (
     AnswerEvent,
     AnyRequest,
+    ChatRequest,
     ModelList,
     Tier,
     new_request_id,
@@ -67,6 +70,7 @@ class _ClientBase:
         mode: Mode = "auto",
         deadline_s: float = 60.0,
         ttft_target_ms: int = 300,
+        image_max_side_px: int = 1536,
         device_settings: DeviceSettings | None = None,
         device_start: Literal["background", "first-use"] = "background",
         http: HttpSettings | None = None,
@@ -80,6 +84,7 @@ class _ClientBase:
             mode=mode,
             deadline_s=deadline_s,
             ttft_target_ms=ttft_target_ms,
+            image_max_side_px=image_max_side_px,
             http=http or HttpSettings(),
             routing=routing or RoutingSettings(),
         )
@@ -189,7 +194,8 @@ class Client(_ClientBase):
 
     `edge_url` and `core_url` are addresses or lists of them; `device` is the folder of an exported
     student, or a `longshore.device.Student`. `api_key` defaults to LONGSHORE_API_KEY. `mode` is one
-    of auto, prefer-device, prefer-core, device-only, edge-only, core-only. Raises ConfigError.
+    of auto, prefer-device, prefer-core, device-only, edge-only, core-only. A picture with a side over
+    `image_max_side_px` is scaled down before it is sent. Raises ConfigError.
 
         with Client(edge_url="https://edge.example") as client:
             answer = client.chat.completions.create(model="shop", messages=[...])
@@ -217,6 +223,10 @@ class Client(_ClientBase):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def chat_request(self, params: ChatParams, stream: bool) -> ChatRequest:
+        """The wire's request of keyword arguments."""
+        return chat_request(params, stream, self.defaults(), self.settings.image_max_side_px)
 
     def answer(self, call: Call) -> Generator[AnswerEvent, None, None]:
         """Drive the call: try, take, fail, wait, until the answer is whole or an error is final."""
@@ -303,6 +313,14 @@ class AsyncClient(_ClientBase):
             yield StreamSocket(self, socket)
         finally:
             await socket.close()
+
+    async def chat_request(self, params: ChatParams, stream: bool) -> ChatRequest:
+        """The wire's request of keyword arguments; pictures are made ready on a thread."""
+        most_px = self.settings.image_max_side_px
+        messages = params.get("messages")
+        if isinstance(messages, Sequence) and holds_images(messages):
+            return await asyncio.to_thread(chat_request, params, stream, self.defaults(), most_px)
+        return chat_request(params, stream, self.defaults(), most_px)
 
     async def answer(self, call: Call) -> AsyncGenerator[AnswerEvent, None]:
         """Drive the call: try, take, fail, wait, until the answer is whole or an error is final."""

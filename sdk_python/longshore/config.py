@@ -20,6 +20,7 @@ Mode = Literal["auto", "prefer-device", "prefer-core", "device-only", "edge-only
 MODES: tuple[Mode, ...] = ("auto", "prefer-device", "prefer-core", "device-only", "edge-only", "core-only")
 
 API_KEY_VARIABLE = "LONGSHORE_API_KEY"
+MAX_IMAGE_SIDE_PX = 4096
 
 
 def _check_positive(settings: Any) -> None:
@@ -89,6 +90,7 @@ class ClientSettings:
     mode: Mode = "auto"
     deadline_s: float = 60.0
     ttft_target_ms: int = 300
+    image_max_side_px: int = 1536
     http: HttpSettings = field(default_factory=HttpSettings)
     routing: RoutingSettings = field(default_factory=RoutingSettings)
 
@@ -97,6 +99,8 @@ class ClientSettings:
         if not (self.edge_urls or self.core_urls or self.has_device):
             raise ConfigError("a client needs at least one of edge_url, core_url and device")
         check_mode(self.mode)
+        if self.image_max_side_px > MAX_IMAGE_SIDE_PX:
+            raise ConfigError(f"must be at most {MAX_IMAGE_SIDE_PX}", param="image_max_side_px")
         needed = {"device-only": self.has_device, "edge-only": self.edge_urls, "core-only": self.core_urls}
         if not needed.get(self.mode, True):
             raise ConfigError(f"mode {self.mode!r} needs that tier to be configured", param="mode")

@@ -120,7 +120,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ConfigError('pictures need Pillow: `pip install "longshore[device]"`') from None
+        raise ConfigError('pictures need Pillow: `pip install pillow`, or "longshore[device]"') from None
     return Image
 
 

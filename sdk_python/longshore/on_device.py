@@ -103,7 +103,10 @@ class OnDevice:
         """The student as an entry of the list of models."""
         manifest = self.student.manifest
         return ModelCard(
-            manifest.name, max_model_len=manifest.kv.max_tokens, model_digest=manifest.model_digest
+            manifest.name,
+            max_model_len=manifest.kv.max_tokens,
+            model_digest=manifest.model_digest,
+            input_modalities=("text",) if manifest.vision is None else ("text", "image"),
         )
 
     def stream(

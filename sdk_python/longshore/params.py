@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
 from longshore.config import Mode
+from longshore.image_parts import with_data_urls
 from longshore.wire import (
     ChatRequest,
     CompletionRequest,
@@ -59,7 +60,10 @@ class _SharedParams(_LongshoreParams, total=False):
 
 
 class ChatParams(_SharedParams, total=False):
-    """What `client.chat.completions.create` takes beside `stream`."""
+    """What `client.chat.completions.create` takes beside `stream`.
+
+    A part of a message's content may be `{"type": "image", "image": ...}`: a PIL image, bytes or a path.
+    """
 
     messages: Iterable[Message | Mapping[str, Any]]
     max_completion_tokens: int | None
@@ -79,8 +83,19 @@ class CompletionParams(_SharedParams, total=False):
 _EXTENSION = frozenset(_LongshoreParams.__annotations__) - {"mode"}
 
 
-def chat_request(params: Mapping[str, Any], stream: bool, defaults: Mapping[str, Any]) -> ChatRequest:
-    """The wire's request; TypeError for a name that does not exist, InvalidRequestError for a value."""
+def chat_request(
+    params: Mapping[str, Any],
+    stream: bool,
+    defaults: Mapping[str, Any],
+    image_max_side_px: int = 1536,
+) -> ChatRequest:
+    """The wire's request; TypeError for a name that does not exist, InvalidRequestError for a value.
+
+    Pictures are read, scaled and written anew here, which takes some milliseconds each.
+    """
+    messages = params.get("messages")
+    if isinstance(messages, Iterable) and not isinstance(messages, str | bytes | Mapping):
+        params = {**params, "messages": with_data_urls(messages, image_max_side_px)}
     return decode_chat_request(_body(ChatRequest, ChatParams, params, stream, defaults))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from longshore.call import Call, Progress, num_choices
 from longshore.errors import AnswerInterruptedError, LongshoreError
-from longshore.params import ChatParams, CompletionParams, chat_request, completion_request
+from longshore.params import ChatParams, CompletionParams, completion_request
 from longshore.streams import (
     Assembly,
     AsyncChatStream,
@@ -105,7 +105,7 @@ class ChatCompletions:
         unknown name.
         """
         client = self._client
-        request = chat_request(params, stream, client.defaults())
+        request = client.chat_request(params, stream)
         call = client.call(request, params.get("mode"), stream)
         events = client.answer(call)
         if stream:
@@ -192,7 +192,7 @@ class AsyncChatCompletions:
     ) -> ChatCompletion | AsyncChatStream:
         """As `ChatCompletions.create`; the stream is for `async for`."""
         client = self._client
-        request = chat_request(params, stream, client.defaults())
+        request = await client.chat_request(params, stream)
         call = client.call(request, params.get("mode"), stream)
         events = client.answer(call)
         if stream:
@@ -260,7 +260,7 @@ class StreamSocket:
 
     async def chat(self, **params: Unpack[ChatParams]) -> AsyncChatStream:
         """Start a chat; the stream's chunks come as those of `create(stream=True)`."""
-        request = chat_request(params, True, self._client.defaults())
+        request = await self._client.chat_request(params, True)
         progress = Progress(num_choices(request))
         events = self._events(request, progress)
         first = await anext(events)

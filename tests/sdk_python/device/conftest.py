@@ -10,6 +10,7 @@ import pytest
 from longshore.device import DeviceSettings, Student
 from longshore_export.bundle import export_student
 from tiny_models import config_of, write_model
+from vision_bundle import make_vision_bundle
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "student"
     return export_student(model_dir, out).path
+
+
+@pytest.fixture(scope="session")
+def vision_dir(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, with eyes."""
+    out = tmp_path_factory.mktemp("seeing") / "student"
+    make_vision_bundle(bundle_dir, out)
+    return out
 
 
 @pytest.fixture(scope="session")

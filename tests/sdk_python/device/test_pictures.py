@@ -44,13 +44,6 @@ SETTINGS: dict[str, Any] = {"calibration_s": 0.0, "image_budget_ms": 60_000.0}
 
 
 @pytest.fixture(scope="module")
-def vision_dir(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("seeing") / "student"
-    make_vision_bundle(bundle_dir, out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def seeing(vision_dir: Path) -> Iterator[Student]:
     """Cuts prompts into pieces of 7 tokens, so that pictures are cut as well."""
     with Student(vision_dir, settings=DeviceSettings(prefill_chunk_tokens=7, **SETTINGS)) as running:
