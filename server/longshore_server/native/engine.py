@@ -22,7 +22,13 @@ from longshore_server.native.errors import (
     PromptTooLongError,
     RanksLostError,
 )
-from longshore_server.native.images import ImageGeometry, ImageInput, PlacedImage
+from longshore_server.native.images import (
+    CPU_STEP_PIXELS,
+    GPU_STEP_PIXELS,
+    ImageGeometry,
+    ImageInput,
+    PlacedImage,
+)
 from longshore_server.native.outputs import EngineStats, FinishReason, StepStats, TokenOutput
 from longshore_server.native.ranks.start import build_on_ranks
 from longshore_server.native.sampler import SampledToken
@@ -58,6 +64,12 @@ class LaunchedStep:
         sizes = [chunk.num_tokens for launch in self.launches for chunk in launch.chunks]
         num_decodes = sizes.count(1)
         return num_decodes, sum(sizes) - num_decodes
+
+    @property
+    def may_encode(self) -> bool:
+        """Whether images may have taken part of its time."""
+        chunks = (chunk for launch in self.launches for chunk in launch.chunks)
+        return any(chunk.num_tokens > 1 and chunk.sequence.images for chunk in chunks)
 
 
 class NativeEngine:
@@ -100,6 +112,7 @@ class NativeEngine:
             enable_prefix_cache=config.enable_prefix_cache,
             offload=built.offload,
             step_budget=_step_budget(config, self._step_times),
+            max_step_pixels=CPU_STEP_PIXELS if config.device == "cpu" else GPU_STEP_PIXELS,
         )
         self._offload = built.offload
         self.images = built.images
@@ -279,9 +292,11 @@ class NativeEngine:
         line = self._step_times.line if num_prefill else None
         predicted_s = None if line is None else line.seconds(num_decodes + num_prefill)
         self.last_step = StepStats(num_decodes, num_prefill, seconds, predicted_s)
-        self._step_times.note(num_decodes, num_prefill, seconds)
         target_ms = self.config.itl_target_ms
         self._num_steps_over_target += bool(num_decodes and target_ms and 1e3 * seconds > target_ms)
+        if step.may_encode:
+            return  # which tells little of what a token takes
+        self._step_times.note(num_decodes, num_prefill, seconds)
         if self._offload is not None and num_prefill > num_decodes:  # mostly prefill: what a token takes
             self._offload.note_computed(num_decodes + num_prefill, seconds)
 

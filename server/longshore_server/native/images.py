@@ -14,7 +14,10 @@ from longshore_server.native.errors import InvalidRequestError
 FIELD = "images"
 MAX_IMAGES = 64
 MAX_REQUEST_PIXELS = 2 * 1024 * 1024  # of all images of a request, in the size that the tower sees
-MAX_STEP_PIXELS = 2 * 1024 * 1024  # that one step encodes, unless its first image alone is larger
+# What one step encodes beside its first image: decodes wait for it. A CPU core takes about two seconds for a
+# million pixels with a tower as small as Shop's, a GPU some milliseconds.
+CPU_STEP_PIXELS = 128 * 1024
+GPU_STEP_PIXELS = 2 * 1024 * 1024
 CHANNELS = 3
 
 
@@ -102,18 +105,18 @@ def content_digest(images: SequenceOf[PlacedImage], start: int, stop: int) -> by
 
 
 def fit_pixels(
-    images: SequenceOf[PlacedImage], start: int, num_tokens: int, max_pixels: int
+    images: SequenceOf[PlacedImage], start: int, num_tokens: int, max_pixels: int, *, is_first: bool
 ) -> tuple[int, int]:
     """How many of the tokens from `start` on a step can take, and the pixels that it encodes for them.
 
-    It stops before the first image that is over `max_pixels`; a fresh step takes its first image in any case.
+    It stops before the first image that is over `max_pixels`; a step's first image is taken in any case.
     """
     num_pixels = 0
     for each in images:
         if not each.overlaps(start, start + num_tokens):
             continue
         more = num_pixels + each.image.num_pixels
-        if more > max_pixels and (num_pixels or max_pixels < MAX_STEP_PIXELS):
+        if more > max_pixels and not is_first:
             return max(0, each.start - start), num_pixels
-        num_pixels = more
+        num_pixels, is_first = more, False
     return num_tokens, num_pixels

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.errors import DuplicateRequestError, QueueFullError
-from longshore_server.native.images import MAX_STEP_PIXELS, fit_pixels
+from longshore_server.native.images import GPU_STEP_PIXELS, fit_pixels
 from longshore_server.native.outputs import FinishReason
 from longshore_server.native.prefix import KnownPrefix, Offload, find_prefix, unit_keys
 from longshore_server.native.sequence import Sequence, SequenceStatus
@@ -47,7 +47,8 @@ class Scheduler:
 
     Service goes by rank (priority, then arrival). When blocks run out, the last-ranked running sequence is
     preempted: its blocks are released and it waits to be computed again. A waiting sequence of a strictly
-    better priority may preempt a running one to get in. `step_budget` bounds steps that decode further.
+    better priority may preempt a running one to get in. `step_budget` bounds steps that decode further, and
+    `max_step_pixels` the images that a step encodes.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Scheduler:
         enable_prefix_cache: bool = True,
         offload: Offload | None = None,
         step_budget: StepBudget | None = None,
+        max_step_pixels: int = GPU_STEP_PIXELS,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.pool = pool
@@ -68,6 +70,7 @@ class Scheduler:
         self.max_num_waiting = max_num_waiting
         self.enable_prefix_cache = enable_prefix_cache
         self.step_budget = step_budget
+        self.max_step_pixels = max_step_pixels
         self.step_tokens = max_num_batched_tokens  # what the last schedule() was bounded by
         self.offload = offload
         if offload is not None:
@@ -213,7 +216,7 @@ class Scheduler:
 
     def _fill_step(self, step: Schedule) -> None:
         """Gives running sequences their tokens by rank; each leaves one token for every one after it."""
-        budget, max_pixels = max(self.step_tokens, len(self.running)), MAX_STEP_PIXELS
+        budget, max_pixels = max(self.step_tokens, len(self.running)), self.max_step_pixels
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -224,7 +227,10 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget - num_later)
             if sequence.images:
                 start = sequence.num_computed_tokens
-                num_tokens, num_pixels = fit_pixels(sequence.images, start, num_tokens, max_pixels)
+                is_first = max_pixels == self.max_step_pixels
+                num_tokens, num_pixels = fit_pixels(
+                    sequence.images, start, num_tokens, max_pixels, is_first=is_first
+                )
                 max_pixels -= num_pixels
                 if not num_tokens:
                     index += 1  # its image waits for the next step

@@ -17,7 +17,6 @@ from longshore_server.native import EngineConfig, NativeEngine
 from longshore_server.native.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.images import (
     MAX_IMAGES,
-    MAX_STEP_PIXELS,
     ImageGeometry,
     ImageInput,
     PlacedImage,
@@ -158,6 +157,24 @@ def test_an_answer_goes_on_from_its_tokens(folder, oracle) -> None:
     assert _run(engine, [(prompt, images)], continue_from=expected[:5]) == [expected[5:]]
 
 
+def test_a_step_over_its_pixels_encodes_one_image_and_goes_on_with_the_next(folder) -> None:
+    asked = [(_prompt([7], image, [8]), [image]) for image in (_image(seed, 64) for seed in range(4))]
+    expected = _run(_engine(folder), asked)
+    engine = _engine(folder)
+    engine._scheduler.max_step_pixels = 64 * 64
+    kept = engine._runner._embedder._kept
+    steps: list[int] = []
+
+    def step():
+        outputs = type(engine).step(engine)
+        steps.append(len(kept))
+        return outputs
+
+    engine.step = step
+    assert _run(engine, asked) == expected
+    assert steps[:4] == [1, 2, 3, 4]
+
+
 def test_pictures_never_share_kv(folder) -> None:
     engine = _engine(folder)
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
@@ -208,7 +225,7 @@ def _row_of_images(sizes: list[int], seeds: list[int]) -> tuple[PlacedImage, ...
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(1, 60), st.integers(1, 30))
 def test_a_step_encodes_a_bounded_number_of_pixels(sizes, num_tokens, budget) -> None:
     """Every image is passed at last, and but for its first image no step takes more than its bound."""
-    side_px = MAX_STEP_PIXELS // 12
+    side_px, max_pixels = 100, 1200
     placed, start = [], 2
     for count in sizes:
         image = ImageInput(1, count * side_px, b"")
@@ -216,12 +233,13 @@ def test_a_step_encodes_a_bounded_number_of_pixels(sizes, num_tokens, budget) ->
         start += count + 1
     computed = 0
     while computed < num_tokens:
-        count, num_pixels = fit_pixels(placed, computed, min(budget, num_tokens - computed), MAX_STEP_PIXELS)
+        wanted = min(budget, num_tokens - computed)
+        count, num_pixels = fit_pixels(placed, computed, wanted, max_pixels, is_first=True)
         shown = [each for each in placed if each.overlaps(computed, computed + count)]
         assert count > 0
         assert num_pixels == sum(each.image.num_pixels for each in shown)
-        assert num_pixels <= MAX_STEP_PIXELS or len(shown) == 1
-        later, more = fit_pixels(placed, computed, min(budget, num_tokens - computed), side_px)
+        assert num_pixels <= max_pixels or len(shown) == 1
+        later, more = fit_pixels(placed, computed, wanted, side_px, is_first=False)
         assert more <= side_px and later <= count
         computed += count
 
