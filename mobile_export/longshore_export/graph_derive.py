@@ -14,13 +14,13 @@ from onnx import TensorProto
 from longshore_export.quantize import ROW_LIMIT, BlockWeights
 
 if TYPE_CHECKING:
-    from longshore_export.graph import _Builder
+    from longshore_export.graph_parts import GraphParts
 
 LEAST_SHARED_BYTES = 1024
 _SMALLEST_SCALE = np.array(1e-30, np.float32)  # of a row of zeros
 
 
-def derive_rows(builder: _Builder, part: str, weights: BlockWeights) -> tuple[str, str, str]:
+def derive_rows(builder: GraphParts, part: str, weights: BlockWeights) -> tuple[str, str, str]:
     """(codes [in, out], scales [out], zero points [out]) of `weights` rounded again, row by row."""
     node, constant = builder.node, builder.constant
     num_rows, num_blocks, size = weights.codes.shape
@@ -58,7 +58,7 @@ def derive_rows(builder: _Builder, part: str, weights: BlockWeights) -> tuple[st
     )
 
 
-def _steps(builder: _Builder, part: str, codes: str, weights: BlockWeights) -> str:
+def _steps(builder: GraphParts, part: str, codes: str, weights: BlockWeights) -> str:
     """Signed steps [out, blocks, block_size] in float, from packed codes."""
     node, constant = builder.node, builder.constant
     if weights.format.bits == 4:
@@ -74,7 +74,7 @@ def _steps(builder: _Builder, part: str, codes: str, weights: BlockWeights) -> s
     return node("Sub", [floats, zero], [f"{part}.steps"])
 
 
-def _axis(builder: _Builder, axis: int) -> str:
+def _axis(builder: GraphParts, axis: int) -> str:
     return builder.constant(f"axis_{axis}", np.array([axis], np.int64))
 
 
