@@ -113,3 +113,38 @@ def _stored(values: torch.Tensor, scales: torch.Tensor, is_fp8: bool) -> torch.T
     if not is_fp8:
         return values
     return (values.float() / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("num_rows", [513, 1024])
+def test_whole_prompts_equal_dense_attention_by_each_backend(num_rows) -> None:
+    from longshore_server.native.attention import triton_context
+
+    query = torch.randn(num_rows, 16, 128, device="cuda").bfloat16()
+    key, value = (torch.randn(num_rows, 4, 128, device="cuda").bfloat16() for _ in "kv")
+    expected = _dense(query, key, value, 0.1, None)
+    triton_context._met_shapes.clear()
+    for _ in ("flash", "cudnn", "cudnn"):
+        output = triton_context.fresh_attention(query, key, value, 0.1)
+        assert output.shape == query.shape
+        assert (output.float() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_splits_are_added_up_in_the_same_order_every_time(rows) -> None:
+    from longshore_server.native.attention.kv_cache import KVScales
+    from longshore_server.native.attention.triton_decode import decode_attention
+
+    query = torch.randn(rows, 32, 128, device="cuda").bfloat16()
+    pages = [torch.randn(rows * 130, BLOCK_SIZE, 8, 128, device="cuda").bfloat16() for _ in "kv"]
+    tables = torch.randperm(rows * 130, device="cuda").to(torch.int32).view(rows, 130)
+    lens = torch.randint(0, 130 * BLOCK_SIZE, (rows,), device="cuda")
+    scales = KVScales(torch.ones(8, device="cuda"), torch.ones(8, device="cuda"))
+    arrivals = torch.zeros(rows * 8, dtype=torch.int32, device="cuda")
+    outputs = []
+    for _ in range(50):
+        output = torch.full_like(query, float("nan"))
+        numbers = torch.arange(rows, device="cuda")
+        decode_attention(query, *pages, tables, numbers, lens, scales, 0.1, None, output, arrivals)
+        outputs.append(output)
+    assert all(torch.equal(output, outputs[0]) for output in outputs) and outputs[0].isfinite().all()
+    assert not arrivals.any()

@@ -64,7 +64,11 @@ GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
-    """Teacher-forced: each token is the model's likeliest, or one that bf16 cannot tell from it."""
+    """Teacher-forced: each token is the likeliest in float32, or one that bf16 cannot tell from it.
+
+    What bf16 can tell is measured on transformers' own bf16 model: a logit that may be off by so much lets a
+    token win that is up to twice as much behind.
+    """
     from transformers import AutoModelForCausalLM
 
     prompts = _prompts(1, 5, 17, 130, 700)
@@ -73,15 +77,18 @@ def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
     oracle = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager"
     ).cuda()
+    sequences = [torch.tensor([p + a], device="cuda") for p, a in zip(prompts, answers, strict=True)]
+    with torch.no_grad():
+        rounded = [oracle(ids).logits[0].float() for ids in sequences]
+        exact = [oracle.float()(ids).logits[0] for ids in sequences]
+    noise = max(float((x - y).abs().max()) for x, y in zip(rounded, exact, strict=True))
     num_equal = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            logits = oracle(torch.tensor([prompt + answer], device="cuda")).logits[0].float()
-        rows = logits[len(prompt) - 1 : -1]
-        chosen = rows.gather(1, torch.tensor(answer, device="cuda")[:, None])[:, 0]
-        gap = rows.max(-1).values - chosen
-        num_equal += int((gap == 0).sum())
-        assert gap.max() < 0.1 * rows.std(), gap.max()
+    for prompt, answer, bf16, fp32 in zip(prompts, answers, rounded, exact, strict=True):
+        chosen = torch.tensor(answer, device="cuda")
+        rows = slice(len(prompt) - 1, -1)
+        num_equal += int((bf16[rows].argmax(-1) == chosen).sum())
+        gap = fp32[rows].max(-1).values - fp32[rows].gather(1, chosen[:, None])[:, 0]
+        assert gap.max() <= 2 * noise, (float(gap.max()), noise)
     assert num_equal >= 0.9 * 40 * len(prompts)
     assert engine._runner._graphs.captured_buckets  # type: ignore[union-attr]
 

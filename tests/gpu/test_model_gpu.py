@@ -19,6 +19,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 import torch
 
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
+from longshore_server.native.attention.kv_cache import KVScales, KVTarget
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.model import fp8, fused_ops
 from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
@@ -109,6 +110,42 @@ def test_silu_mul_equals_its_reference() -> None:
                 x = _scaled(num_rows, 2 * inner, has_scales)
                 output = fused_ops.silu_mul(x, torch.bfloat16, to_fp8)
                 _assert_near(output, fused_ops.silu_mul(_to_cpu(x), torch.bfloat16, to_fp8), to_fp8)
+
+
+def test_one_row_times_a_matrix() -> None:
+    from longshore_server.native.model import triton_gemv
+
+    for num_outputs, width in ((6144, 4096), (4096, 14336), (28672, 4096)):
+        weight = torch.randn(num_outputs, width, device=DEVICE).bfloat16()
+        row, bias = torch.randn(1, width, device=DEVICE).bfloat16(), torch.randn(num_outputs, device=DEVICE)
+        assert triton_gemv.can_multiply(row, weight)
+        for each in (None, bias.bfloat16()):
+            expected = torch.nn.functional.linear(
+                row.double(), weight.double(), None if each is None else each.double()
+            )
+            _assert_near(triton_gemv.multiply_row(row, weight, each), expected)
+    assert not triton_gemv.can_multiply(row, weight[:, :1000])
+
+
+def test_keys_and_values_reach_their_pages() -> None:
+    """Written by the kernel that rotates them, or by the one that only writes: the same pages."""
+    from longshore_server.native.attention.triton_write import write_kv
+
+    num_rows, heads, kv_heads, dim = 37, 16, 4, 128
+    cos, sin = (torch.rand(num_rows, dim // 2, device=DEVICE).repeat(1, 2).bfloat16() for _ in "cs")
+    slots = torch.randperm(64, device=DEVICE)[:num_rows]
+    slots[5] = -1
+    x = _scaled(num_rows, (heads + 2 * kv_heads) * dim, True)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        pages = [torch.zeros(4, 16, kv_heads, dim, device=DEVICE).to(dtype) for _ in range(4)]
+        scales = KVScales(*(torch.rand(2, kv_heads, device=DEVICE) / 50 + 0.01).unbind())
+        target = KVTarget(pages[0], pages[1], scales, slots)
+        query, key, value = fused_ops.split_qkv(x, cos, sin, heads, kv_heads, None, target=target)
+        write_kv(key, value, pages[2], pages[3], slots, scales)
+        for mine, expected in zip(pages[:2], pages[2:], strict=True):
+            assert torch.equal(mine.float(), expected.float())
+        again = fused_ops.split_qkv(x, cos, sin, heads, kv_heads, None, target=target, keep_rows=False)
+        assert torch.equal(again[0], query) and not again[1].numel() and not again[2].numel()
 
 
 def test_split_qkv_equals_its_reference() -> None:
@@ -207,14 +244,21 @@ def test_fused_model_equals_the_plain_one() -> None:
 
 
 def test_fp8_model_equals_its_reference_on_the_cpu() -> None:
-    """The same FP8 weights through the same code in torch; a value on the edge may round the other way."""
+    """The same FP8 weights through the same code in torch.
+
+    Sums in another order push single activations over the edge between two e4m3 numbers. A share p of them
+    pushed makes an error of sqrt(12 p) times that of the rounding itself: 0.6 times at 3%, which is what
+    noise of 2^-9 does to steps of 2^-4. Wrong scales or channels make it several times as large.
+    """
     for family in (LLAMA_8B, QWEN3_8B):
-        model = _load(family | {"num_hidden_layers": 2}, quantization="fp8")
+        settings = family | {"num_hidden_layers": 2}
+        model = _load(settings, quantization="fp8")
         token_ids = torch.randint(0, 1000, (1, 67), device=DEVICE)
         output = _logits(model, token_ids)
+        rounding = _error(output, _logits(_load(settings, fuse_layers=False), token_ids))
         error = _error(output, _logits(model.cpu(), token_ids.cpu()))
-        print(f"        {family['model_type']}: {error:.3f} from the reference")
-        assert error < 0.06
+        print(f"        {family['model_type']}: {error:.3f} from the reference, {rounding:.3f} from bf16")
+        assert error < 0.75 * rounding
 
 
 def test_fused_fp8_is_as_near_to_bf16_as_unfused_fp8() -> None:

@@ -6,12 +6,15 @@ keyword argument of the model's forward. What a call does with the KV cache is t
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from longshore_server.native.attention.kv_cache import KVTarget
 from longshore_server.native.errors import UnsupportedModelError
 
 ATTENTION_NAME = "longshore_paged"
@@ -32,6 +35,51 @@ class AttentionContext(Protocol):
     ) -> torch.Tensor: ...  # [tokens, num_heads, value_dim]
 
     def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The rows of a step whose logits are wanted: each the last of its sequence."""
+
+    rows: torch.Tensor  # [sampled] int64
+    table_rows: torch.Tensor  # [sampled] int64
+    context_lens: torch.Tensor  # [sampled] int64
+
+
+class FusedContext(AttentionContext):
+    """A context whose pages a fused layer may write itself, and which can attend the sampled rows alone."""
+
+    @property
+    @abstractmethod
+    def sampled(self) -> SampledRows | None:
+        """The rows whose logits are wanted; None for all."""
+
+    @property
+    @abstractmethod
+    def reads_rows(self) -> bool:
+        """Whether attend_written() reads keys and values from rows too, not from pages alone."""
+
+    @abstractmethod
+    def kv_target(self, layer_index: int) -> KVTarget:
+        """Where a fused kernel puts this step's keys and values; attend_written() is for after that."""
+
+    @abstractmethod
+    def attend_written(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attends rows whose keys and values stand in their slots; shapes as in attend()."""
+
+    @abstractmethod
+    def attend_sampled(
+        self, layer_index: int, query: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attends the sampled rows alone; their keys and values stand in their slots."""
 
 
 def register() -> None:

@@ -29,6 +29,16 @@ class KVScales:
     value: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class KVTarget:
+    """Where a kernel puts one layer's keys and values: pages [blocks, block_size, num_kv_heads, dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scales: KVScales
+    slots: torch.Tensor  # [tokens] int64, negative for none
+
+
 class PagedKVCache:
     """`num_blocks` blocks, and one more that stays zero and pads block tables (`padding_block`).
 

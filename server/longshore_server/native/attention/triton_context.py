@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.interface import FusedContext, SampledRows
+from longshore_server.native.attention.kv_cache import KVTarget, PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
 from longshore_server.native.attention.triton_decode import decode_attention
 from longshore_server.native.attention.triton_extend import ExtendSpans, extend_attention, tile_rows
 from longshore_server.native.attention.triton_write import write_kv
 
-# From this many rows on, a prompt with no cached prefix goes to torch's flash attention, which is faster.
+# From this many rows on, a prompt with no cached prefix goes to torch's attention kernels, which are faster.
 MIN_FLASH_ROWS = 512
+# cuDNN is the fastest of them on Hopper but plans some 40 ms for each length it has not met: prompts are
+# padded to a multiple of this, and a padded length goes to cuDNN from its second prompt on.
+CUDNN_ROWS_STEP = 512
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MAX_FLASH_DIM = 256
 
@@ -36,9 +40,11 @@ class StepTables:
     spans: ExtendSpans | None = None  # the prefill chunks
     fresh: tuple[slice, ...] = ()  # rows of long prompts that are whole here, so they need no pages
     spans_beside_fresh: ExtendSpans | None = None
+    sampled: SampledRows | None = None  # the rows whose logits are wanted, where that is not every row
+    arrivals: torch.Tensor | None = None  # see decode_attention
 
 
-class TritonContext:
+class TritonContext(FusedContext):
     """An attention context over a PagedKVCache for one step, in Triton kernels."""
 
     def __init__(self, cache: PagedKVCache, tables: StepTables) -> None:
@@ -47,6 +53,20 @@ class TritonContext:
 
     def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
         """Nothing to check: the probe has seen this model's arguments."""
+
+    @property
+    def sampled(self) -> SampledRows | None:
+        return self.tables.sampled
+
+    @property
+    def reads_rows(self) -> bool:
+        return bool(self.tables.fresh)
+
+    def kv_target(self, layer_index: int) -> KVTarget:
+        cache = self.cache
+        return KVTarget(
+            cache.keys[layer_index], cache.values[layer_index], cache.scales[layer_index], self.tables.slots
+        )
 
     def attend(
         self,
@@ -58,9 +78,36 @@ class TritonContext:
         window: int | None,
     ) -> torch.Tensor:
         """Writes the rows' keys and values, then attends; shapes as in AttentionContext."""
-        cache, scales = self.cache, self.cache.scales[layer_index]
-        write_kv(key, value, cache.keys[layer_index], cache.values[layer_index], self.tables.slots, scales)
+        target = self.kv_target(layer_index)
+        write_kv(key, value, target.keys, target.values, target.slots, target.scales)
         return self.attend_written(layer_index, query, key, value, scale, window)
+
+    def attend_sampled(
+        self, layer_index: int, query: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """As decodes: each is the last row of its sequence, so its whole context stands in pages by now."""
+        rows = self.tables.sampled
+        assert rows is not None
+        output = query.new_empty(*query.shape[:2], self.cache.values[layer_index].shape[3])
+        self._decode(layer_index, query, rows.table_rows, rows.context_lens, scale, window, output)
+        return output
+
+    def _decode(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        table_rows: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
+        cache, tables = self.cache, self.tables
+        pages = (cache.keys[layer_index], cache.values[layer_index], tables.block_tables)
+        scales = cache.scales[layer_index]
+        decode_attention(
+            query, *pages, table_rows, context_lens, scales, scale, window, output, tables.arrivals
+        )
 
     def attend_written(
         self,
@@ -73,24 +120,52 @@ class TritonContext:
     ) -> torch.Tensor:
         """Attends rows whose keys and values a fused kernel has put into `tables.slots` already."""
         cache, tables = self.cache, self.tables
-        pages = (cache.keys[layer_index], cache.values[layer_index], tables.block_tables)
-        scales = cache.scales[layer_index]
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        if num := tables.num_decodes:
-            lens = tables.decode_context_lens
-            rows = tables.decode_table_rows
-            decode_attention(query[:num], *pages, rows, lens, scales, scale, window, output[:num])
         fresh = tables.fresh if window is None else ()
+        if len(fresh) == 1 and fresh[0] == slice(0, query.shape[0]):
+            return fresh_attention(query, key, value, scale)
+        output = query.new_empty(*query.shape[:2], cache.values[layer_index].shape[3])
+        if num := tables.num_decodes:
+            rows, lens = tables.decode_table_rows, tables.decode_context_lens
+            self._decode(layer_index, query[:num], rows, lens, scale, window, output[:num])
         spans = tables.spans_beside_fresh if fresh else tables.spans
         if spans is not None:
-            extend_attention(query, *pages, spans, scales, scale, window, output)
+            pages = (cache.keys[layer_index], cache.values[layer_index], tables.block_tables)
+            extend_attention(query, *pages, spans, cache.scales[layer_index], scale, window, output)
         for prompt in fresh:
-            output[prompt] = _flash(query[prompt], key[prompt], value[prompt], scale)
+            output[prompt] = fresh_attention(query[prompt], key[prompt], value[prompt], scale)
         return output
 
 
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+_met_shapes: set[tuple[int, ...]] = set()  # those that cuDNN has a plan for, or gets one at the next prompt
+
+
+def fresh_attention(
+    query: torch.Tensor,  # [rows, num_heads, head_dim]
+    key: torch.Tensor,  # [rows, num_kv_heads, head_dim]
+    value: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of a prompt that stands whole in these rows: [rows, num_heads, head_dim]."""
+    num_rows = query.shape[0]
+    num_padding = -num_rows % CUDNN_ROWS_STEP
+    shape = (num_rows + num_padding, query.shape[1], key.shape[1], query.shape[2])
+    if shape not in _met_shapes:
+        _met_shapes.add(shape)
+        return _causal(SDPBackend.FLASH_ATTENTION, query, key, value, scale)
+    if num_padding:  # behind every row, so no row sees it
+        query, key, value = (pad(each, (0, 0, 0, 0, 0, num_padding)) for each in (query, key, value))
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    return _causal(backends, query, key, value, scale)[:num_rows]
+
+
+def _causal(
+    backends: SDPBackend | list[SDPBackend],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    with sdpa_kernel(backends, set_priority=isinstance(backends, list)):
         output = scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             key.transpose(0, 1)[None],

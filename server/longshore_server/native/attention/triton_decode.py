@@ -2,6 +2,7 @@
 
 The query heads of one KV head are rows of one tensor-core tile, so each key is read once. The split count
 depends on shapes alone, so a captured launch fits every context length (flash-decoding, Dao et al., 2023).
+Splits that a short context leaves empty end at once; of the others the last to finish adds up all, in order.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import triton
 import triton.language as tl
 
 from longshore_server.native.attention.kv_cache import KVScales
+from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 MIN_DOT_ROWS = 16  # a tensor-core tile's least height
 # Enough programs to fill a GPU of this many multiprocessors a few times over.
 NUM_PROGRAMS_WANTED = 4 * 132
 MAX_SPLITS = 64
+# Once the batch alone fills the GPU, a split is worth its adding up from so many tiles of tokens on.
+MIN_TILES_IN_BATCH = 4
 
 
 @triton.jit
@@ -32,6 +36,7 @@ def _decode_kernel(
     output,
     partial_output,
     partial_lse,
+    arrivals,
     scale,
     window,
     table_stride,
@@ -47,13 +52,16 @@ def _decode_kernel(
     BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    wait_for_previous(PDL)
     context = tl.load(context_lens + row).to(tl.int32)
     table = tables + tl.load(table_rows + row).to(tl.int64) * table_stride
     first = 0
@@ -61,7 +69,11 @@ def _decode_kernel(
         first = tl.maximum(context - window, 0)
     first_tile = first // BLOCK_TOKENS
     end_tile = tl.cdiv(context, BLOCK_TOKENS)
-    tiles_per_split = tl.cdiv(end_tile - first_tile, NUM_SPLITS)
+    num_tiles = end_tile - first_tile
+    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), MIN_TILES)
+    num_busy = tl.cdiv(num_tiles, tiles_per_split)
+    if split >= tl.maximum(num_busy, 1):  # an empty context still gets its zeros
+        return
     low = first_tile + split * tiles_per_split
     high = tl.minimum(low + tiles_per_split, end_tile)
 
@@ -104,41 +116,35 @@ def _decode_kernel(
         result *= tl.load(value_scales + kv_head)
     head_index = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
     out_mask = (groups[:, None] < GROUP) & (value_dims[None, :] < VALUE_DIM)
-    if NUM_SPLITS == 1:
-        places = output + head_index[:, None] * VALUE_DIM + value_dims[None, :]
+    places = output + head_index[:, None] * VALUE_DIM + value_dims[None, :]
+    if num_busy <= 1:
         tl.store(places, result.to(output.dtype.element_ty), mask=out_mask)
     else:
-        lse = tl.where(total > 0, best + tl.log2(divisor), float("-inf"))
-        part_index = head_index * NUM_SPLITS + split
-        tl.store(partial_lse + part_index, lse, mask=groups < GROUP)
-        if low < high:
-            places = partial_output + part_index[:, None] * VALUE_DIM + value_dims[None, :]
-            tl.store(places, result, mask=out_mask)
-
-
-@triton.jit
-def _reduce_kernel(
-    partial_output,
-    partial_lse,
-    output,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, NUM_SPLITS)
-    dims = tl.arange(0, BLOCK_VALUE)
-    lse = tl.load(partial_lse + head * NUM_SPLITS + splits)
-    best = tl.max(lse, 0)
-    weights = tl.where(lse > float("-inf"), tl.exp2(lse - best), 0.0)
-    total = tl.sum(weights, 0)
-    weights = weights / tl.where(total > 0, total, 1.0)
-    parts = partial_output + (head * NUM_SPLITS + splits)[:, None] * VALUE_DIM + dims[None, :]
-    mask = (weights > 0)[:, None] & (dims[None, :] < VALUE_DIM)  # what no split wrote is not read
-    values = tl.load(parts, mask=mask, other=0.0)
-    result = tl.sum(values * weights[:, None], 0)
-    places = output + head * VALUE_DIM + dims
-    tl.store(places, result.to(output.dtype.element_ty), mask=dims < VALUE_DIM)
+        lse = best + tl.log2(divisor)
+        part = head_index * NUM_SPLITS
+        tl.store(partial_lse + part + split, lse, mask=groups < GROUP)
+        part_places = partial_output + part[:, None] * VALUE_DIM + value_dims[None, :]
+        tl.store(part_places + split * VALUE_DIM, result, mask=out_mask)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        arrival = arrivals + row * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(arrival, 1, sem="acq_rel") == num_busy - 1:
+            tl.store(arrival, 0)  # for the next launch
+            best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_GROUP], tl.float32)
+            summed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
+            for other in range(num_busy):
+                # .cg: what other multiprocessors wrote is in the L2 cache
+                lse_place = partial_lse + part + other
+                part_lse = tl.load(lse_place, mask=groups < GROUP, other=0.0, cache_modifier=".cg")
+                part_place = part_places + other * VALUE_DIM
+                values = tl.load(part_place, mask=out_mask, other=0.0, cache_modifier=".cg")
+                new_best = tl.maximum(best, part_lse.to(tl.float32))
+                shrink = tl.exp2(best - new_best)
+                weight = tl.exp2(part_lse.to(tl.float32) - new_best)
+                total = total * shrink + weight
+                summed = summed * shrink[:, None] + values.to(tl.float32) * weight[:, None]
+                best = new_best
+            tl.store(places, (summed / total[:, None]).to(output.dtype.element_ty), mask=out_mask)
 
 
 def split_count(num_rows: int, num_kv_heads: int) -> int:
@@ -158,19 +164,21 @@ def decode_attention(
     scale: float,
     window: int | None,
     output: torch.Tensor,  # [rows, num_heads, value_dim], contiguous
+    arrivals: torch.Tensor | None = None,  # [at least rows * num_kv_heads] int32, zeros before and after
 ) -> None:
     """Attends the last token of each context to the tokens that its table names; fills `output`."""
     num_rows, num_heads, key_dim = query.shape
     _, block_size, num_kv_heads, value_dim = value_pages.shape
     num_splits = split_count(num_rows, num_kv_heads)
     rows = query if query.stride(2) == 1 else query.contiguous()
-    if num_splits == 1:
-        parts, lse = output, output
-    else:
-        parts = torch.empty(
-            num_rows, num_heads, num_splits, value_dim, dtype=torch.float32, device=query.device
-        )
-        lse = torch.empty(num_rows, num_heads, num_splits, dtype=torch.float32, device=query.device)
+    parts, lse = output, output
+    if num_splits > 1:
+        shape = (num_rows, num_heads, num_splits)
+        parts = torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if arrivals is None:
+        arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=query.device)
+    pdl = has_dependent_launch(query.device)
     is_wide = max(key_dim, value_dim) > 128 or query.dtype == torch.float32
     group = num_heads // num_kv_heads
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
@@ -185,6 +193,7 @@ def decode_attention(
         output,
         parts,
         lse,
+        arrivals,
         scale * LOG2_E,
         window or 0,
         tables.stride(0),
@@ -203,16 +212,9 @@ def decode_attention(
         HAS_WINDOW=window is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        MIN_TILES=MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=4,
-        num_stages=2 if is_wide else 3,
+        num_stages=2,
     )
-    if num_splits > 1:
-        _reduce_kernel[(num_rows * num_heads,)](
-            parts,
-            lse,
-            output,
-            VALUE_DIM=value_dim,
-            BLOCK_VALUE=triton.next_power_of_2(value_dim),
-            NUM_SPLITS=num_splits,
-            num_warps=4,
-        )

@@ -1,7 +1,8 @@
 """Fused decoder layers in place of those of Llama, Qwen2, Qwen3 and Mistral; other layers stay as they are.
 
 A fused decoder hands residual and unscaled product from layer to layer, so that each norm adds, norms and
-quantizes in one pass. It writes no KV itself: key and value go to the step's attention context.
+quantizes in one pass. Keys and values go to the step's attention context, or straight into its pages where it
+has them. Behind the last layer's attention only the rows whose logits are wanted go on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longshore_server.native.attention.interface import CONTEXT_KEYWORD, AttentionContext
+from longshore_server.native.attention.interface import (
+    CONTEXT_KEYWORD,
+    AttentionContext,
+    FusedContext,
+    SampledRows,
+)
 from longshore_server.native.model import fused_ops
 from longshore_server.native.model.fp8 import ScaledOutput
 from longshore_server.native.model.products import make_product
@@ -42,16 +48,43 @@ class FusedAttention(nn.Module):
         self.output = make_product([attention.o_proj], to_fp8)
 
     def forward(
-        self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, context: AttentionContext
+        self,
+        rows: Any,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        context: AttentionContext,
+        only: SampledRows | None,
     ) -> ScaledOutput:
+        if isinstance(context, FusedContext):
+            attended = self._attend_pages(rows, cos, sin, context, only)
+        else:
+            attended = context.attend(self.layer_index, *self._split(rows, cos, sin), self.scale, self.window)
+        return self.output(attended.reshape(attended.shape[0], -1))  # [tokens, hidden]
+
+    def _attend_pages(
+        self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, context: FusedContext, only: SampledRows | None
+    ) -> torch.Tensor:
+        layer = self.layer_index
+        query, key, value = self._split(
+            rows,
+            cos,
+            sin,
+            target=context.kv_target(layer),
+            keep_rows=context.reads_rows,
+        )
+        if only is not None:
+            return context.attend_sampled(layer, query[only.rows], self.scale, self.window)
+        return context.attend_written(layer, query, key, value, self.scale, self.window)
+
+    def _split(
+        self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon)
-        query, key, value = fused_ops.split_qkv(
-            self.qkv(rows), cos, sin, self.num_heads, self.num_kv_heads, norms
+        return fused_ops.split_qkv(
+            self.qkv(rows), cos, sin, self.num_heads, self.num_kv_heads, norms, **options
         )
-        attended = context.attend(self.layer_index, query, key, value, self.scale, self.window)
-        return self.output(attended.reshape(attended.shape[0], -1))  # [tokens, hidden]
 
 
 class FusedMlp(nn.Module):
@@ -84,15 +117,22 @@ class FusedLayer(nn.Module):
         cos: torch.Tensor,  # [tokens, head_dim]
         sin: torch.Tensor,
         context: AttentionContext,
+        only: SampledRows | None = None,
     ) -> tuple[ScaledOutput, torch.Tensor]:
+        """With `only`, both results have those rows alone."""
         rows, residual = _norm(self.input_layernorm, x, residual, self.self_attn.qkv.takes_fp8)
-        x = self.self_attn(rows, cos, sin, context)
+        x = self.self_attn(rows, cos, sin, context, only)
+        if only is not None:
+            residual = residual[only.rows]
         rows, residual = _norm(self.post_attention_layernorm, x, residual, self.mlp.gate_up.takes_fp8)
         return self.mlp(rows), residual
 
 
 class FusedDecoder(nn.Module):
-    """Stands in for the decoder of a causal language model; called as that is, for one row of tokens."""
+    """Stands in for the decoder of a causal language model; called as that is, for one row of tokens.
+
+    Where the context names sampled rows, the output has those rows alone.
+    """
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
@@ -111,9 +151,12 @@ class FusedDecoder(nn.Module):
         context: AttentionContext = arguments[CONTEXT_KEYWORD]
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cos, sin = (each[0].contiguous() for each in self.rotary_emb(embedded, position_ids))
+        only = context.sampled if isinstance(context, FusedContext) else None
         x, residual = ScaledOutput(embedded[0]), None
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x, residual = layer(x, residual, cos, sin, context)
+        x, residual = last(x, residual, cos, sin, context, only)
         hidden, _ = _norm(self.norm, x, residual, False)
         return BaseModelOutputWithPast(last_hidden_state=hidden[None])  # type: ignore[index]
 

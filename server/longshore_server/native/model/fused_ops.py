@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch.nn.functional import silu
 
+from longshore_server.native.attention.kv_cache import KVTarget
 from longshore_server.native.model import fp8
 from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
 
@@ -66,12 +67,18 @@ def split_qkv(
     num_heads: int,
     num_kv_heads: int,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,  # q and k weight [head_dim], eps
+    *,
+    target: KVTarget | None = None,  # on CUDA only: keys and values go there as well
+    keep_rows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value [tokens, heads, head_dim]; query and key normed and rotated, in cos's dtype."""
+    """Query, key and value [tokens, heads, head_dim]; query and key normed and rotated, in cos's dtype.
+
+    Without `keep_rows` key and value come back empty; `target` has them then.
+    """
     if x.values.is_cuda:
         from longshore_server.native.model import triton_rope
 
-        return triton_rope.split_qkv(x, cos, sin, num_heads, num_kv_heads, norms)
+        return triton_rope.split_qkv(x, cos, sin, num_heads, num_kv_heads, norms, target, keep_rows)
     heads = x.resolve(cos.dtype).unflatten(1, (num_heads + 2 * num_kv_heads, -1))
     query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norms is not None:

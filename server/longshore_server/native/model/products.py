@@ -36,6 +36,11 @@ class PlainProduct(nn.Module):
         self.bias = _merged_bias(linears)
 
     def forward(self, rows: torch.Tensor) -> ScaledOutput:
+        if rows.is_cuda and rows.shape[0] == 1:
+            from longshore_server.native.model import triton_gemv  # triton is on GPUs only
+
+            if triton_gemv.can_multiply(rows, self.weight):
+                return ScaledOutput(triton_gemv.multiply_row(rows, self.weight, self.bias))
         return ScaledOutput(linear(rows, self.weight, self.bias))
 
 

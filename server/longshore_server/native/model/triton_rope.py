@@ -1,6 +1,7 @@
 """Triton kernel between the merged qkv product and the attention: scales, bias, q/k norm, rotary embedding.
 
-References and shapes stand in fused_ops.py. Imported on CUDA only.
+It also puts keys and values into the paged cache where it is told to. References and shapes stand in
+fused_ops.py. Imported on CUDA only.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.attention.kv_cache import KVTarget
+from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wait_for_previous
+from longshore_server.native.model.fp8 import FP8_DTYPE, FP8_MAX, ScaledOutput
 from longshore_server.native.model.triton_rows import TRITON_DTYPES, _pointers
+
+LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
 
 HEADS_PER_PROGRAM = 8
 
@@ -29,13 +34,26 @@ def _load_half(
 
 
 @triton.jit
+def _store_halves(place, scale, lower, upper, mask, HALF: tl.constexpr, IS_FP8: tl.constexpr):
+    """Both halves of cached heads, in an FP8 cache divided by each head's scale."""
+    if IS_FP8:
+        lower = tl.minimum(tl.maximum(lower.to(tl.float32) / scale, -LARGEST), LARGEST)
+        upper = tl.minimum(tl.maximum(upper.to(tl.float32) / scale, -LARGEST), LARGEST)
+    tl.store(place, lower.to(place.dtype.element_ty), mask=mask)
+    tl.store(place + HALF, upper.to(place.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _qkv_kernel(
-    values, row_scales, channel_scales, bias, cos, sin, q_weight, k_weight, query, key, value, eps,
+    values, row_scales, channel_scales, bias, cos, sin, q_weight, k_weight, query, key, value,
+    key_pages, value_pages, key_scales, value_scales, slots, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    TO_PAGES: tl.constexpr, TO_ROWS: tl.constexpr, IS_FP8: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    wait_for_previous(PDL)
     heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
     dims = tl.arange(0, BLOCK_HALF)[None, :]
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -72,13 +90,31 @@ def _qkv_kernel(
     q_place = query + token * (NUM_HEADS * HEAD_DIM) + lower
     tl.store(q_place, y1, mask=mask & is_query)
     tl.store(q_place + HALF, y2, mask=mask & is_query)
-    k_place = key + token * (NUM_KV_HEADS * HEAD_DIM) + lower - NUM_HEADS * HEAD_DIM
     k_mask = mask & ~is_query & ~is_value
-    tl.store(k_place, y1, mask=k_mask)
-    tl.store(k_place + HALF, y2, mask=k_mask)
-    v_place = value + token * (NUM_KV_HEADS * HEAD_DIM) + lower - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
-    tl.store(v_place, y1, mask=mask & is_value)
-    tl.store(v_place + HALF, y2, mask=mask & is_value)
+    v_mask = mask & is_value
+    k_head = heads - NUM_HEADS
+    v_head = k_head - NUM_KV_HEADS
+    row_size: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    if TO_ROWS:
+        k_place = key + token * row_size + k_head * HEAD_DIM + dims
+        tl.store(k_place, y1, mask=k_mask)
+        tl.store(k_place + HALF, y2, mask=k_mask)
+        v_place = value + token * row_size + v_head * HEAD_DIM + dims
+        tl.store(v_place, y1, mask=v_mask)
+        tl.store(v_place + HALF, y2, mask=v_mask)
+    if TO_PAGES:
+        slot = tl.load(slots + token)
+        if slot >= 0:  # padding rows of a bucket have no place
+            k_scale, v_scale = 1.0, 1.0
+            if IS_FP8:
+                is_k = (heads >= NUM_HEADS) & (heads < NUM_HEADS + NUM_KV_HEADS)
+                is_v = is_value & (heads < NUM_HEADS + 2 * NUM_KV_HEADS)
+                k_scale = tl.load(key_scales + k_head, mask=is_k, other=1.0)
+                v_scale = tl.load(value_scales + v_head, mask=is_v, other=1.0)
+            k_slot = key_pages + slot * row_size + k_head * HEAD_DIM + dims
+            _store_halves(k_slot, k_scale, y1, y2, k_mask, HALF, IS_FP8)
+            v_slot = value_pages + slot * row_size + v_head * HEAD_DIM + dims
+            _store_halves(v_slot, v_scale, y1, y2, v_mask, HALF, IS_FP8)
 
 
 def split_qkv(
@@ -88,18 +124,29 @@ def split_qkv(
     num_heads: int,
     num_kv_heads: int,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+    target: KVTarget | None = None,
+    keep_rows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, num_channels = x.values.shape
     num_all = num_heads + 2 * num_kv_heads
     head_dim, dtype, device = num_channels // num_all, cos.dtype, x.values.device
     query = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
-    key = torch.empty(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
+    key = query.new_empty(num_tokens if keep_rows else 0, num_kv_heads, head_dim)
     value = torch.empty_like(key)
     q_weight, k_weight, eps = (query, query, 0.0) if norms is None else norms
-    _qkv_kernel[(num_tokens, triton.cdiv(num_all, HEADS_PER_PROGRAM))](
-        *_pointers(x), cos, sin, q_weight, k_weight, query, key, value, eps,
+    if target is None:
+        pages = (query, query, query, query, query)
+    else:
+        pages = (target.keys, target.values, target.scales.key, target.scales.value, target.slots)
+    num_groups = triton.cdiv(num_all, HEADS_PER_PROGRAM)
+    pdl = has_dependent_launch(device)
+    _qkv_kernel[(num_tokens, num_groups)](
+        *_pointers(x), cos, sin, q_weight, k_weight, query, key if keep_rows else query,
+        value if keep_rows else query, *pages, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, DTYPE=TRITON_DTYPES[dtype],
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, HAS_NORM=norms is not None,
-        BLOCK_HEADS=HEADS_PER_PROGRAM, BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
+        TO_PAGES=target is not None, TO_ROWS=keep_rows, IS_FP8=pages[0].dtype == FP8_DTYPE,
+        BLOCK_HEADS=HEADS_PER_PROGRAM, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return query, key, value

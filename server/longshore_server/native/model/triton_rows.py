@@ -1,6 +1,6 @@
 """Triton kernels over whole rows: add + RMSNorm, SiLU-and-multiply, and FP8 quantization of what they give.
 
-One program per row, the row in registers. References and shapes stand in fused_ops.py. Imported on CUDA only.
+References and shapes stand in fused_ops.py. Imported on CUDA only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wait_for_previous
 from longshore_server.native.model.fp8 import FP8_DTYPE, Fp8Rows, ScaledOutput
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)
@@ -16,13 +17,22 @@ MIN_AMAX: tl.constexpr = tl.constexpr(1e-12)
 
 
 @triton.jit
+def _scale_of(amax):
+    return tl.maximum(amax, MIN_AMAX) / FP8_MAX
+
+
+@triton.jit
+def _to_fp8(y, scale):
+    return tl.minimum(tl.maximum(y / scale, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
 def _store_row(row, offsets, mask, y, output, output_scales, width, TO_FP8: tl.constexpr):
     """Stores y, rounded to the output's type, or to FP8 by the row's largest magnitude."""
     place = output + row.to(tl.int64) * width + offsets
     if TO_FP8:
-        scale = tl.maximum(tl.max(tl.abs(y), axis=0), MIN_AMAX) / FP8_MAX
-        scaled = tl.minimum(tl.maximum(y / scale, -FP8_MAX), FP8_MAX)
-        tl.store(place, scaled.to(tl.float8e4nv), mask=mask)
+        scale = _scale_of(tl.max(tl.abs(y), axis=0))
+        tl.store(place, _to_fp8(y, scale), mask=mask)
         tl.store(output_scales + row, scale)
     else:
         tl.store(place, y.to(output.dtype.element_ty), mask=mask)
@@ -47,11 +57,13 @@ def _add_rms_norm_kernel(
     values, row_scales, channel_scales, bias, residual, weight, new_residual, output, output_scales,
     width, eps,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TO_FP8: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < width
+    gain = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
     x = _load_channels(
         values, row_scales, channel_scales, bias, row, offsets, mask, width, HAS_SCALES, HAS_BIAS
     )
@@ -63,35 +75,82 @@ def _add_rms_norm_kernel(
         tl.store(new_residual + place, x.to(stored), mask=mask)
     mean_square = tl.sum(x * x, axis=0) / width
     normed = (x * tl.rsqrt(mean_square + eps)).to(stored).to(tl.float32)
-    y = normed * tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
-    _store_row(row, offsets, mask, y.to(stored).to(tl.float32), output, output_scales, width, TO_FP8)
-
-
-@triton.jit
-def _silu_mul_kernel(
-    values, row_scales, channel_scales, bias, output, output_scales, width,
-    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, TO_FP8: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < width
-    gate = _load_channels(
-        values, row_scales, channel_scales, bias, row, offsets, mask, 2 * width, HAS_SCALES, HAS_BIAS
-    )
-    up = _load_channels(
-        values + width, row_scales, channel_scales + width, bias + width, row, offsets, mask, 2 * width,
-        HAS_SCALES, HAS_BIAS,
-    )  # fmt: skip
-    gate = gate.to(DTYPE).to(tl.float32)
-    active = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
-    y = (active * up.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
+    y = (normed * gain).to(stored).to(tl.float32)
     _store_row(row, offsets, mask, y, output, output_scales, width, TO_FP8)
 
 
 @triton.jit
-def _quantize_kernel(matrix, output, output_scales, width, stride, BLOCK: tl.constexpr):
+def _load_tile(
+    values, row_scale, channel_scales, bias, places, channels, mask,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """[rows, channels] of a ScaledOutput, rounded to DTYPE, in float32."""
+    x = tl.load(values + places, mask=mask, other=0.0).to(tl.float32)
+    is_channel = channels >= 0
+    if HAS_SCALES:
+        x = x * row_scale[:, None] * tl.load(channel_scales + channels, mask=is_channel, other=0.0)[None, :]
+    if HAS_BIAS:
+        x += tl.load(bias + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _silu_mul_kernel(
+    values, row_scales, channel_scales, bias, output, part_amax, num_rows, width,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_AMAX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A part of some rows; with HAS_AMAX also each row's largest magnitude in this part."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    part = tl.program_id(1)
+    channels = part * BLOCK + tl.arange(0, BLOCK)
+    mask = (rows < num_rows)[:, None] & (channels < width)[None, :]
+    wait_for_previous(PDL)
+    row_scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    if HAS_SCALES:
+        row_scale = tl.load(row_scales + rows, mask=rows < num_rows, other=0.0)
+    gate_channels = tl.where(channels < width, channels, -1)
+    up_channels = tl.where(channels < width, channels + width, -1)
+    places = rows.to(tl.int64)[:, None] * (2 * width) + channels[None, :]
+    gate = _load_tile(
+        values, row_scale, channel_scales, bias, places, gate_channels, mask, DTYPE, HAS_SCALES, HAS_BIAS
+    )
+    up = _load_tile(
+        values, row_scale, channel_scales, bias, places + width, up_channels, mask,
+        DTYPE, HAS_SCALES, HAS_BIAS,
+    )  # fmt: skip
+    active = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+    y = (active * up).to(DTYPE)
+    tl.store(output + rows.to(tl.int64)[:, None] * width + channels[None, :], y, mask=mask)
+    if HAS_AMAX:
+        amax = tl.max(tl.abs(y.to(tl.float32)), axis=1)
+        tl.store(part_amax + rows * tl.num_programs(1) + part, amax, mask=rows < num_rows)
+
+
+@triton.jit
+def _quantize_parts_kernel(
+    matrix, part_amax, output, output_scales, width,
+    NUM_PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A part of a row, by the largest of the magnitudes of all its parts."""
     row = tl.program_id(0)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < width
+    wait_for_previous(PDL)
+    parts = tl.arange(0, BLOCK_PARTS)
+    amax = tl.max(tl.load(part_amax + row * NUM_PARTS + parts, mask=parts < NUM_PARTS, other=0.0), axis=0)
+    scale = _scale_of(amax)
+    place = row.to(tl.int64) * width + offsets
+    y = tl.load(matrix + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output + place, _to_fp8(y, scale), mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(output_scales + row, scale)
+
+
+@triton.jit
+def _quantize_kernel(matrix, output, output_scales, width, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
+    wait_for_previous(PDL)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < width
     y = tl.load(matrix + row.to(tl.int64) * stride + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -99,42 +158,67 @@ def _quantize_kernel(matrix, output, output_scales, width, stride, BLOCK: tl.con
 
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-SILU_BLOCK = 1024  # channels per program where no whole row is needed
+SILU_BLOCK = 1024  # channels per program
+# Up to so many rows a program has one of them; more share the loading of a channel's scales.
+MAX_SINGLE_ROWS = 64
+SILU_ROWS = 4
+QUANTIZE_BLOCK = 2048
 
 
 def add_rms_norm(
-    x: ScaledOutput, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, to_fp8: bool
+    x: ScaledOutput,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    to_fp8: bool,
 ) -> tuple[torch.Tensor | Fp8Rows, torch.Tensor]:
     num_rows, width = x.values.shape
     output, scales = _output(num_rows, width, weight.dtype, x.values.device, to_fp8)
     new_residual = x.values if residual is None else torch.empty_like(residual)
+    pdl = has_dependent_launch(x.values.device)
     _add_rms_norm_kernel[(num_rows,)](
         *_pointers(x), residual, weight, new_residual, output, scales, width, eps,
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None,
         HAS_RESIDUAL=residual is not None, TO_FP8=to_fp8,
-        BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
+        BLOCK=triton.next_power_of_2(width), PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(width, num_rows),
     )  # fmt: skip
     return (Fp8Rows(output, scales) if to_fp8 else output), new_residual
 
 
 def silu_mul(x: ScaledOutput, dtype: torch.dtype, to_fp8: bool) -> torch.Tensor | Fp8Rows:
     num_rows, width = x.values.shape[0], x.values.shape[1] // 2
-    output, scales = _output(num_rows, width, dtype, x.values.device, to_fp8)
-    block = triton.next_power_of_2(width) if to_fp8 else SILU_BLOCK
-    _silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        *_pointers(x), output, scales, width, DTYPE=TRITON_DTYPES[dtype],
-        HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, TO_FP8=to_fp8,
-        BLOCK=block, num_warps=_num_warps(block),
+    device = x.values.device
+    num_parts = triton.cdiv(width, SILU_BLOCK)
+    plain = torch.empty(num_rows, width, dtype=dtype, device=device)
+    part_amax = torch.empty(num_rows, num_parts, device=device) if to_fp8 else plain
+    block_rows = 1 if num_rows <= MAX_SINGLE_ROWS else SILU_ROWS
+    pdl = has_dependent_launch(device)
+    _silu_mul_kernel[(triton.cdiv(num_rows, block_rows), num_parts)](
+        *_pointers(x), plain, part_amax, num_rows, width, DTYPE=TRITON_DTYPES[dtype],
+        HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, HAS_AMAX=to_fp8,
+        BLOCK_ROWS=block_rows, BLOCK=SILU_BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
-    return Fp8Rows(output, scales) if to_fp8 else output
+    return _quantize_parts(plain, part_amax, pdl) if to_fp8 else plain
+
+
+def _quantize_parts(matrix: torch.Tensor, part_amax: torch.Tensor, pdl: bool) -> Fp8Rows:
+    (num_rows, width), num_parts = matrix.shape, part_amax.shape[1]
+    output, scales = _output(num_rows, width, matrix.dtype, matrix.device, True)
+    _quantize_parts_kernel[(num_rows, triton.cdiv(width, QUANTIZE_BLOCK))](
+        matrix, part_amax, output, scales, width,
+        NUM_PARTS=num_parts, BLOCK_PARTS=triton.next_power_of_2(num_parts), BLOCK=QUANTIZE_BLOCK,
+        PDL=pdl, launch_pdl=pdl, num_warps=4,
+    )  # fmt: skip
+    return Fp8Rows(output, scales)
 
 
 def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
     num_rows, width = matrix.shape
     output, scales = _output(num_rows, width, matrix.dtype, matrix.device, True)
+    pdl = has_dependent_launch(matrix.device)
     _quantize_kernel[(num_rows,)](
         matrix, output, scales, width, matrix.stride(0),
-        BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
+        BLOCK=triton.next_power_of_2(width), PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(width, num_rows),
     )  # fmt: skip
     return Fp8Rows(output, scales)
 
@@ -152,5 +236,8 @@ def _pointers(x: ScaledOutput) -> tuple[torch.Tensor, ...]:
     return (x.values, *(x.values if part is None else part for part in optional))
 
 
-def _num_warps(block: int) -> int:
-    return max(4, min(16, block // 512)) if block <= 16384 else 32
+def _num_warps(block: int, num_rows: int) -> int:
+    """Many threads where a step waits for few rows, fewer where many rows share a multiprocessor."""
+    if block > 16384:
+        return 32
+    return max(4, min(16 if num_rows <= MAX_SINGLE_ROWS else 8, block // 512))
