@@ -31,7 +31,7 @@ from shop.question import KINDS
 from shop.sheet import make_sheet, split_rng
 
 TOKENS_PER_ITEM = 20
-SIZES = range(SMALLEST_SHEET, LARGEST_SHEET + 1)  # small sheets come more often: they teach the look-ups
+SIZES = range(SMALLEST_SHEET, LARGEST_SHEET + 1)
 NUM_DATA_PARTS = 16
 HELDOUT_SEED = 7
 PROBED = ("hard", "hard + soft + hidden")
@@ -117,9 +117,12 @@ class Job:
 # -- data and first weights --------------------------------------------------------------------------
 
 
-def chat_line(rng: Any, max_tokens: int) -> str:
-    """A chat of several turns about one training sheet, about `max_tokens` long, as the command takes it."""
-    sheet = make_sheet(rng, rng.choices(SIZES, [size**-2 for size in SIZES])[0], "train")
+def chat_line(rng: Any, max_tokens: int, size_power: float) -> str:
+    """A chat of several turns about one training sheet, about `max_tokens` long, as the command takes it.
+
+    A sheet of n items is as likely as n to the power of -`size_power`.
+    """
+    sheet = make_sheet(rng, rng.choices(SIZES, [size**-size_power for size in SIZES])[0], "train")
     num_turns = max(1, (max_tokens - TOKENS_PER_ITEM * len(sheet.items)) // TOKENS_PER_TURN)
     chat = [system_message(sheet)]
     for question in questions(rng, sheet, num_turns):
@@ -130,14 +133,15 @@ def chat_line(rng: Any, max_tokens: int) -> str:
     return json.dumps({"messages": chat}) + "\n"
 
 
-def _part(part: int, num_lines: int, max_tokens: int) -> str:
+def _part(part: int, num_lines: int, max_tokens: int, size_power: float) -> str:
     rng = split_rng("train", 500_000 + part)
-    return "".join(chat_line(rng, max_tokens) for _ in range(num_lines))
+    return "".join(chat_line(rng, max_tokens, size_power) for _ in range(num_lines))
 
 
-def write_data(path: Path, num_lines: int, max_tokens: int, num_processes: int) -> None:
+def write_data(path: Path, num_lines: int, max_tokens: int, size_power: float, num_processes: int) -> None:
     """The same lines whatever `num_processes`; returns when the file is whole."""
-    make = functools.partial(_part, num_lines=-(-num_lines // NUM_DATA_PARTS), max_tokens=max_tokens)
+    num_each = -(-num_lines // NUM_DATA_PARTS)
+    make = functools.partial(_part, num_lines=num_each, max_tokens=max_tokens, size_power=size_power)
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         path.write_text("".join(pool.map(make, range(NUM_DATA_PARTS))), encoding="utf-8")
 
@@ -335,7 +339,7 @@ def run(args: argparse.Namespace) -> bool:
     seeds, probe_seed = range(args.seeds), args.seeds
     work: Path = args.work
     work.mkdir(parents=True, exist_ok=True)
-    write_data(work / "train.jsonl", args.lines, args.max_tokens, args.processes)
+    write_data(work / "train.jsonl", args.lines, args.max_tokens, args.size_power, args.processes)
     write_starts(work / "starts", args.teacher, [*seeds, probe_seed])
     base = Job(
         VARIANTS[0], 0, args.rate or RATES[0], args.teacher, work, args.num_steps, args.rows, args.max_tokens,
@@ -406,6 +410,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=384)
     parser.add_argument("--lines", type=int, default=16_384, help="chats in the training data")
+    parser.add_argument(
+        "--size-power", type=float, default=0.0, help="above 0, small sheets come more often (default: 0)"
+    )
     parser.add_argument("--per-kind", type=int, default=84, help="held-out questions of each kind")
     parser.add_argument("--processes", type=int, default=9, help="runs side by side (default: 9)")
     parser.add_argument("--rate", type=float, help="learning rate; without it, a probe chooses one")
