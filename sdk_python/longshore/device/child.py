@@ -1,7 +1,7 @@
 """The model process: loads one graph under limits, answers one job at a time, and ends with its parent.
 
     in    load {model, prefill_model, encoder, kv, vision, image_sizes, num_threads, chunk, calibration_s,
-          speculation, memory_limit_bytes}, job {...}, cancel {id}
+          speculation, draft, memory_limit_bytes}, job {...}, cancel {id}
     out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, refused {id, message},
           error {id, kind, message}
 
@@ -28,6 +28,7 @@ from longshore.errors import BundleIncompatibleError, InvalidImageError
 if TYPE_CHECKING:
     from longshore.device.encoder import JobImage, PictureEncoder
     from longshore.device.generate import GeneratedToken, Generator, Job
+    from longshore.device.speculate import Proposer
     from longshore.wire import VisionGeometry
 
 EXIT_FAILED = 70
@@ -110,7 +111,6 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     from longshore.device.generate import Generator
     from longshore.device.operators import refuse_unknown
     from longshore.device.session import DecoderSession
-    from longshore.device.speculate import PromptLookup
     from longshore.wire import KvGeometry, VisionGeometry
 
     refuse_unknown(frame["operators"])
@@ -133,7 +133,23 @@ def _load(frame: Frame, sink: BinaryIO) -> Generator:
     if encoder is not None:
         ready["encode"] = _measure_encoder(encoder, frame["image_sizes"], frame["calibration_s"])
     write_frame(sink, {"type": "ready", **ready})
-    return Generator(session, frame["chunk"], PromptLookup() if frame["speculation"] else None, encoder)
+    return Generator(session, frame["chunk"], _open_proposer(frame, session.num_threads), encoder)
+
+
+def _open_proposer(frame: Frame, num_threads: int) -> Proposer | None:
+    """What guesses ahead: a smaller model where there is one, else the lookup."""
+    from longshore.device.session import DecoderSession
+    from longshore.device.speculate import DraftModel, PromptLookup
+    from longshore.wire import KvGeometry
+
+    draft = frame["draft"]
+    if not frame["speculation"]:
+        return None
+    if draft is None:
+        return PromptLookup()
+    prefill_path = Path(draft["prefill_model"]) if draft["prefill_model"] else None
+    kv = KvGeometry(**draft["kv"])
+    return DraftModel(DecoderSession(Path(draft["model"]), kv, num_threads, prefill_path))
 
 
 def _open_encoder(frame: Frame, vision: VisionGeometry | None, num_threads: int) -> PictureEncoder | None:

@@ -19,7 +19,9 @@ class DeviceSettings:
     together). `max_waiting` bounds the requests that wait while one is answered. `prefill_chunk_tokens` is
     how much of a prompt is computed between two looks at cancellation. `variant` names one of the bundle's
     graphs; None takes the first. `speculation` has tokens guessed by prompt lookup and checked together, in
-    variants that compute each row by itself (fp32, int4); answers stay as they are. `cancel_grace_s` is how
+    variants that compute each row by itself (fp32, int4); answers stay as they are. `draft` is the folder of
+    another bundle with the same tokens, whose smaller model guesses instead; it is checked as the main one is
+    and shares its memory limit. `cancel_grace_s` is how
     long a step may go on after a cancel before the child is ended.
     `image_budget_ms` is the time to the first token that sizes of pictures are chosen for: the largest whose
     predicted time is inside it; of a request with a deadline, at most half of what remains.
@@ -37,6 +39,7 @@ class DeviceSettings:
     variant: str | None = None
     trust: Path | None = None
     speculation: bool = True
+    draft: Path | None = None
     image_budget_ms: float = 1000.0
 
     def __post_init__(self) -> None:

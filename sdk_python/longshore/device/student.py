@@ -21,6 +21,7 @@ from longshore.detokenize import IncrementalText
 from longshore.device.answer import AnswerWriter
 from longshore.device.calibrate import Calibration
 from longshore.device.call import Call
+from longshore.device.draft import Draft, load_draft
 from longshore.device.image_plan import ImagePolicy, KeptSizes
 from longshore.device.plan import ChoicePlan, Plan, make_plan, read_prompts
 from longshore.device.process import Channel, ModelProcess
@@ -58,6 +59,7 @@ class Student:
         self._finalizer: weakref.finalize[..., Student] | None = None
         self._calibration: Calibration | None = None
         self._text: StudentText | None = None
+        self._draft: Draft | None = None
         self._kept_sizes = KeptSizes()
         self._is_closed = False
 
@@ -292,6 +294,9 @@ class Student:
         trusted_keys = load_trust(trust) if trust is not None else None
         if load_bundle(self._bundle_dir, trusted_keys=trusted_keys) != self.manifest:
             raise BundleDamagedError(f"the bundle at {self._bundle_dir} changed after it was opened")
+        if self._settings.draft is not None:
+            self._draft = load_draft(self._settings.draft, self.manifest, trusted_keys)
+            check_runtime(self._draft.manifest, _onnxruntime_version())
 
     def _load_frame(self) -> dict[str, object]:
         settings, prefill, vision = self._settings, self._variant.prefill_file, self.manifest.vision
@@ -309,6 +314,7 @@ class Student:
             "calibration_s": settings.calibration_s,
             # int8 rounds activations over all rows of a call, so that guesses would change the answer.
             "speculation": settings.speculation and self._variant.precision != "int8",
+            "draft": self._draft.load_frame() if self._draft is not None else None,
             "memory_limit_bytes": settings.memory_limit_bytes,
         }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longshore.bundle import read_manifest, write_manifest
+from longshore.device import DeviceSettings, Student
 from longshore.device.generate import GeneratedToken, Generator, Job
 from longshore.device.sampling import SamplingSettings
 from longshore.device.session import DecoderSession
 from longshore.device.speculate import MAX_GUESSES, DraftLength, DraftModel, PromptLookup, Proposer
-from longshore.wire import load_manifest
+from longshore.errors import BundleDamagedError, BundleIncompatibleError
+from longshore.wire import TokenEvent, decode_chat_request, load_manifest
 
 VOCAB = 11
 
@@ -136,3 +141,35 @@ def test_the_real_session_answers_alike(bundle_dir: Path, temperature: float) ->
     plain = [token.sampled.token_id for token in answer(session, None, asked)]
     for proposer in (PromptLookup(), Parrot([5, 6, 7])):
         assert [token.sampled.token_id for token in answer(session, proposer, asked)] == plain
+
+
+def test_a_draft_bundle_guesses_and_changes_nothing(bundle_dir: Path, tmp_path: Path) -> None:
+    ask = decode_chat_request(
+        {"model": "m", "messages": [{"role": "user", "content": "One"}], "max_tokens": 24, "temperature": 0}
+    )
+
+    def ids(settings: DeviceSettings) -> list[int]:
+        with Student(bundle_dir, settings=settings) as student:
+            return [event.mark.token_id for event in student.stream(ask) if isinstance(event, TokenEvent)]
+
+    plain = ids(DeviceSettings(calibration_s=0.0, speculation=False))
+    draft = Path(shutil.copytree(bundle_dir, tmp_path / "draft"))
+    assert ids(DeviceSettings(calibration_s=0.0, draft=draft)) == plain
+    assert len(plain) == 24
+
+
+def test_a_draft_is_checked_as_the_main_bundle_is(bundle_dir: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(bundle_dir, tmp_path / "damaged"))
+    (damaged / "model.onnx").write_bytes((damaged / "model.onnx").read_bytes()[:-1])
+    other = Path(shutil.copytree(bundle_dir, tmp_path / "other"))
+    manifest = read_manifest(other)
+    write_manifest(other, replace(manifest, capabilities=manifest.capabilities | {"vocab_size": 9}), None)
+    for folder, error, words in (
+        (tmp_path / "nowhere", BundleDamagedError, "no bundle"),
+        (damaged, BundleDamagedError, r"model\.onnx"),
+        (other, BundleIncompatibleError, "other tokens"),
+    ):
+        student = Student(bundle_dir, settings=DeviceSettings(calibration_s=0.0, draft=folder))
+        with pytest.raises(error, match=words):
+            student.start()
+        student.close()
