@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM
 
 from longshore.bundle import describe_file, load_bundle, write_manifest
-from longshore.wire import MANIFEST_NAME, Manifest, VisionBucket, VisionGeometry
+from longshore.wire import MANIFEST_NAME, SIGNATURE_NAME, Manifest, VisionBucket, VisionGeometry
 
 UNIT_PX = 16
 IMAGE = "<|image|>"  # a control token of the Shop tokenizer that nothing else uses
@@ -44,7 +44,7 @@ def make_vision_bundle(bundle: Path, out: Path, sizes: tuple[int, ...] = SIZES, 
     _add_features(model, vision)
     onnx.save(model, str(out / "model.onnx"))
     onnx.save(_encoder(hidden_size), str(out / "vision.onnx"))
-    files = sorted(path.name for path in out.iterdir() if path.name != MANIFEST_NAME)
+    files = sorted(path.name for path in out.iterdir() if path.name not in (MANIFEST_NAME, SIGNATURE_NAME))
     seeing = replace(
         manifest,
         files=tuple(describe_file(out, name) for name in files),

@@ -1,7 +1,7 @@
 """Writes the golden vectors that every client in another language must reproduce.
 
-Expected values come from the Python packages, but for `buckets`, whose rule has no Python side yet: those
-were worked out by hand. Takes a bundle folder of examples/models/shop-student in fp32 and where to write.
+Expected values come from the Python packages. Takes a bundle of examples/models/shop-student in fp32 and
+where to write.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import Any
 
 from longshore.bundle import OperatorKey, TrustStore, load_bundle, sign_rotation
 from longshore.device import Student
+from longshore.device.image_plan import ImagePolicy, KeptSizes
+from longshore.device.plan import read_prompts
+from longshore.device.resolution import VisionCalibration, choose_bucket, prior_calibration
 from longshore.device.text import StudentText
 from longshore.errors import BundleError, LongshoreError
 from longshore.signing import PrivateKey, PublicKey, decode_base64url, encode_base64url
@@ -34,6 +37,7 @@ from longshore.wire import (
     TokenEvent,
     Variant,
     VisionBucket,
+    VisionGeometry,
     decode_chat_request,
     decode_completion_request,
     dump_json,
@@ -92,6 +96,7 @@ def golden(bundle: Path) -> dict[str, Any]:
     vectors: dict[str, Any] = {
         "tokenizer": {"cases": [_tokenized(text, case) for case in _texts()]},
         "template": {"manifest": _base64(_plain_text(bundle)), "cases": [_prompt(text, c) for c in _talks()]},
+        "pictures": _pictures(bundle),
         "answers": {"cases": list(_answers(bundle, text))},
         "bundles": {
             "trusted": {_KEY_ID: _KEY.public_key.text},
@@ -100,7 +105,7 @@ def golden(bundle: Path) -> dict[str, Any]:
         },
         "rotations": {"cases": [_rotation(*case) for case in _rotations()]},
         "signatures": {"cases": [_signed(*case) for case in _signatures()]},
-        "buckets": {"cases": [_bucket(*case) for case in _BUCKET_CASES]},
+        "buckets": {"cases": [_bucket(*case) for case in _bucket_cases()]},
         "downloads": {"cases": [_download(*case) for case in _downloads()]},
     }
     return vectors
@@ -163,6 +168,53 @@ def _talks() -> Iterator[Chat]:
 
 def _prompt(text: StudentText, chat: Chat) -> dict[str, Any]:
     return {"messages": chat, "ids": _prompt_ids(text, chat)}
+
+
+# -- pictures in prompts -----------------------------------------------------------------------
+
+_IMAGE = "<|image|>"  # a control token of the Shop tokenizer that the text model has no use for
+_UNIT_PX = 32
+_PICTURE = (  # 1 x 1 pixels: whatever its size, it is read at the smallest
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+_PART_TEXTS: tuple[tuple[str | int, ...], ...] = (
+    (4, "What does it cost?"),
+    ("Look at ", 4, " and ", 4, "."),
+    ("", 4, "", 4),
+    (f"{_IMAGE} is no picture, ", 4, " is."),
+    ("<|ima", "ge|>", 4, "<|end|>"),
+)
+
+
+def _pictures(bundle: Path) -> dict[str, Any]:
+    """Prompts with pictures, as token ids; a number in a message is a picture of so many tokens."""
+    manifest = _seeing(bundle)
+    text = StudentText(bundle, manifest)
+    cases = [_picture_prompt(text, manifest, parts) for parts in _PART_TEXTS]
+    return {"manifest": _base64(dump_json(encode(manifest))), "cases": cases}
+
+
+def _seeing(bundle: Path) -> Manifest:
+    plain = load_bundle(bundle)
+    tokenizer = json.loads((bundle / plain.tokenizer_file).read_text())
+    token_id = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == _IMAGE)
+    return replace(
+        _manifest(_FILES | {"vision.onnx": b"no graph"}),
+        chat_template=plain.chat_template,
+        kv=plain.kv,
+        eos_token_ids=plain.eos_token_ids,
+        vision=VisionGeometry("vision.onnx", token_id, _UNIT_PX, 64),
+    )
+
+
+def _picture_prompt(text: StudentText, manifest: Manifest, parts: tuple[str | int, ...]) -> dict[str, Any]:
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_PICTURE}"}}
+    content = [{"type": "text", "text": part} if isinstance(part, str) else image for part in parts]
+    request = decode_chat_request({"model": "shop", "messages": [{"role": "user", "content": content}]})
+    policy = ImagePolicy(prior_calibration(1.0), 1e6, KeptSizes())
+    prompts, images = read_prompts(request, manifest, text, policy)
+    assert [image.use.num_tokens for image in images] == [part for part in parts if isinstance(part, int)]
+    return {"messages": [{"role": "user", "content": list(parts)}], "ids": list(prompts[0])}
 
 
 def _prompt_ids(text: StudentText, chat: Chat) -> list[int]:
@@ -310,6 +362,7 @@ def _changed_manifests(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
             ]
         },
         "bucket without width": {"vision_buckets": [{"width_px": 0, "height_px": 64, "num_tokens": 4}]},
+        **_changed_visions(plain["vision_buckets"]),
     }
     for name, change in changes.items():
         yield name, dump_json(plain | change)
@@ -321,6 +374,33 @@ def _changed_manifests(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     yield "NaN", b'{"name": NaN}'
     yield "bad UTF-8", b'{"name": "\xff"}'
     yield "deep nesting", b'{"a":' * 40 + b"1" + b"}" * 40
+
+
+def _changed_visions(buckets: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Manifests with an encoder, good and bad."""
+    good = {"encoder_file": "extra/words.txt", "image_token_id": 5, "unit_px": _UNIT_PX, "hidden_size": 64}
+    odd = {"width_px": 80, "height_px": 64, "num_tokens": 4}
+    return {
+        "an encoder": {"vision": good},
+        "an encoder of null": {"vision": None},
+        "an encoder that is not listed": {"vision": good | {"encoder_file": "vision.onnx"}},
+        "an encoder elsewhere": {"vision": good | {"encoder_file": "../words.txt"}},
+        "an encoder without a size": {"vision": good, "vision_buckets": []},
+        "an encoder with one size twice": {"vision": good, "vision_buckets": [buckets[0], buckets[0]]},
+        "an encoder with a broken size": {"vision": good, "vision_buckets": [*buckets, odd]},
+        "an encoder whose tokens do not add up": {
+            "vision": good,
+            "vision_buckets": [buckets[0] | {"num_tokens": 5}],
+        },
+        "an encoder of units of nothing": {"vision": good | {"unit_px": 0}},
+        "an encoder of vast units": {"vision": good | {"unit_px": 1025}},
+        "an encoder of a negative token": {"vision": good | {"image_token_id": -1}},
+        "an encoder of no width": {"vision": good | {"hidden_size": 0}},
+        "an encoder of too much width": {"vision": good | {"hidden_size": 65537}},
+        "an encoder with more": {"vision": good | {"more": 1}},
+        "an encoder with less": {"vision": {"encoder_file": "extra/words.txt"}},
+        "an encoder as text": {"vision": "extra/words.txt"},
+    }
 
 
 def _signature(body: bytes, key: PrivateKey = _KEY) -> str:
@@ -496,22 +576,53 @@ def _signed(name: str, key: bytes, signature: bytes, payload: bytes) -> dict[str
 # 64x64: 20 ms, 4 tokens. 128x64: 40 ms, 8. 128x128: 80 ms, 16. 256x256: 320 ms, 64. Reading: 1000 tokens/s.
 _BUCKETS = [[64, 64, 4], [128, 64, 8], [128, 128, 16], [256, 256, 64]]
 _CALIBRATION = {"small": [64 * 64, 20], "large": [128 * 128, 80], "prefill_tokens_per_s": 1000}
-_BUCKET_CASES: tuple[tuple[str, list[int], int, int, list[int]], ...] = (
-    # name, image, text tokens, budget in ms, chosen
-    ("the largest inside the budget", [4000, 3000], 10, 110, [128, 128]),
-    ("one millisecond less", [4000, 3000], 10, 105, [128, 64]),
-    ("room for all", [4000, 3000], 10, 394, [256, 256]),
-    ("just not for all", [4000, 3000], 10, 393, [128, 128]),
-    ("none fits: the quickest", [4000, 3000], 10, 5, [64, 64]),
-    ("a small image is not enlarged", [60, 60], 10, 1000, [64, 64]),
-    ("a wide one as far as it needs", [100, 60], 10, 1000, [128, 64]),
-    ("text counts", [4000, 3000], 100, 150, [128, 64]),
-)
+_SIZES = [[64, 64], [128, 64], [64, 128], [96, 96], [160, 160], [128, 256], [256, 256], [512, 320]]
 
 
-def _bucket(name: str, image: list[int], tokens: int, budget_ms: int, chosen: list[int]) -> dict[str, Any]:
-    given = {"buckets": _BUCKETS, "calibration": _CALIBRATION, "image": image}
-    return {"name": name, **given, "text_tokens": tokens, "budget_ms": budget_ms, "chosen": chosen}
+def _bucket_cases() -> Iterator[tuple[str, dict[str, Any], list[int], int, int]]:
+    """(name, table and measurement, image, text tokens, budget in ms)."""
+    plain = {"buckets": _BUCKETS, "calibration": _CALIBRATION}
+    yield "the largest inside the budget", plain, [4000, 3000], 10, 110
+    yield "one millisecond less", plain, [4000, 3000], 10, 105
+    yield "room for all", plain, [4000, 3000], 10, 394
+    yield "just not for all", plain, [4000, 3000], 10, 393
+    yield "none fits: the quickest", plain, [4000, 3000], 10, 5
+    yield "a small image is not enlarged", plain, [60, 60], 10, 1000
+    yield "a wide one as far as it needs", plain, [100, 60], 10, 1000
+    yield "text counts", plain, [4000, 3000], 100, 150
+    rng = Random(_SEED)
+    for number in range(40):
+        sizes = rng.sample(_SIZES, rng.randint(1, len(_SIZES)))  # in no order
+        small, large = rng.randint(1, 40), rng.randint(1, 400)  # now and then the larger one is quicker
+        given = {
+            "buckets": [[width, height, width * height // 1024] for width, height in sizes],
+            "calibration": {
+                "small": [64 * 64, small],
+                "large": [256 * 256, large],
+                "prefill_tokens_per_s": rng.randint(100, 5000),
+            },
+        }
+        image = [rng.randint(1, 400), rng.randint(1, 400)]
+        yield f"random {number}", given, image, rng.randint(0, 300), rng.randint(0, 600)
+
+
+def _bucket(
+    name: str, given: dict[str, Any], image: list[int], tokens: int, budget_ms: int
+) -> dict[str, Any]:
+    measured = given["calibration"]
+    calibration = VisionCalibration(*measured["small"], *measured["large"], measured["prefill_tokens_per_s"])
+    buckets = [VisionBucket(*bucket) for bucket in given["buckets"]]
+    chosen = choose_bucket(buckets, image[0], image[1], calibration, tokens, budget_ms)
+    assert chosen is not None
+    size = [chosen.width_px, chosen.height_px]
+    return {
+        "name": name,
+        **given,
+        "image": image,
+        "text_tokens": tokens,
+        "budget_ms": budget_ms,
+        "chosen": size,
+    }
 
 
 # -- broken downloads --------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def test_kotlin_reproduces_them(tmp_path: Path) -> None:
     for name in (
         "tokenizer",
         "template",
+        "pictures",
         "bundles",
         "rotations",
         "signatures",

@@ -14,6 +14,7 @@ const RESERVED = new Set(["manifest.json", "manifest.sig"]);
 export function readManifest(body) {
   const value = readJson(body, "manifest", MANIFEST);
   checkPaths(value);
+  if (value.vision) checkBuckets(value.vision, value.vision_buckets ?? []);
   return value;
 }
 
@@ -82,8 +83,30 @@ const MANIFEST = object(
     key_chain: list(0, 8, text(MAX_STATEMENT_CHARS)),
     format_version: whole(1, 1),
   },
-  { key_id: text(64), expires_at: whole(0, MOST) },
+  {
+    key_id: text(64),
+    expires_at: whole(0, MOST),
+    vision: object({
+      encoder_file: path,
+      image_token_id: whole(0, 2 ** 31 - 1),
+      unit_px: whole(1, 1024),
+      hidden_size: whole(1, 65536),
+    }),
+  },
 );
+
+/** An encoder needs sizes to run at, each a whole number of its units and with the tokens that makes. */
+function checkBuckets({ unit_px: unit }, buckets) {
+  if (buckets.length === 0) throw damaged("an encoder has no size");
+  if (new Set(buckets.map((item) => `${item.width_px} ${item.height_px}`)).size !== buckets.length) {
+    throw damaged("a size stands twice");
+  }
+  for (const { width_px: width, height_px: height, num_tokens: tokens } of buckets) {
+    if (width % unit || height % unit || tokens !== (width / unit) * (height / unit)) {
+      throw damaged(`${width} x ${height} is not ${tokens} units of ${unit} pixels`);
+    }
+  }
+}
 
 function checkPaths(manifest) {
   const paths = new Set(manifest.files.map((entry) => entry.path));
@@ -98,7 +121,8 @@ function checkPaths(manifest) {
     throw damaged("a variant stands twice");
   }
   const graphs = manifest.variants.flatMap((variant) => [variant.file, variant.prefill_file ?? variant.file]);
-  for (const needed of [manifest.tokenizer_file, ...graphs]) {
+  const encoders = manifest.vision ? [manifest.vision.encoder_file] : [];
+  for (const needed of [manifest.tokenizer_file, ...graphs, ...encoders]) {
     if (!paths.has(needed)) throw damaged(`${needed} is not listed`);
   }
 }

@@ -14,6 +14,7 @@ export function encodeChat(tokenizer, template, messages) {
   const prompt = new Prompt(tokenizer);
   prompt.own(template.start ?? "");
   for (const { role, content } of messages) {
+    if (typeof content !== "string") throw new LongshoreError("unsupported_parameter", "this page takes no images");
     const affixes = affixesOf(template, role);
     prompt.own(affixes.prefix);
     prompt.foreign(content);

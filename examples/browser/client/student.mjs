@@ -64,7 +64,7 @@ export class Student {
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     let logits = await this.#prefill(prompt);
     for (let count = 1; ; count++) {
-      const id = bestOf(logits);
+      const id = bestOf(logits, this.#manifest.vision?.image_token_id);
       const isEnd = eos.includes(id);
       const isLast = isEnd || count === room;
       const bytes = isEnd ? new Uint8Array() : this.tokenizer.bytesOf(id);
@@ -91,6 +91,9 @@ export class Student {
     feeds.rows = new this.#ort.Tensor("int64", whole([tokens.length - 1]), [1]);
     feeds.seqlens_k = new this.#ort.Tensor("int32", Int32Array.of(total - 1), [1]);
     feeds.total_sequence_length = new this.#ort.Tensor("int32", Int32Array.of(total), [1]);
+    const { vision } = this.#manifest;
+    // A model that sees is asked about text alone here: no rows for image tokens, since there are none.
+    if (vision) feeds.image_features = new this.#ort.Tensor("float32", new Float32Array(), [0, vision.hidden_size]);
     const results = await this.#session.run(feeds);
     for (const name of Object.keys(this.#cache)) this.#cache[name] = results[name.replace("past", "present")];
     this.#cached.push(...tokens);
@@ -110,12 +113,12 @@ export class Student {
   }
 }
 
-/** The first of the largest; throws device_failed where one is not a number. */
-function bestOf(logits) {
-  let best = 0;
+/** The first of the largest, the image token's aside; throws device_failed where one is not a number. */
+function bestOf(logits, imageTokenId) {
+  let best = -1;
   for (let index = 0; index < logits.length; index++) {
     if (Number.isNaN(logits[index])) throw new LongshoreError("device_failed", "a logit is not a number");
-    if (logits[index] > logits[best]) best = index;
+    if (index !== imageTokenId && !(logits[index] <= logits[best])) best = index;
   }
   return best;
 }

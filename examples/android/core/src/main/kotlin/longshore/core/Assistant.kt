@@ -10,6 +10,15 @@ data class Answer(val text: String, val servedBy: String, val fallbackReason: St
 class Assistant(private val edge: EdgeClient, private val model: String, private val openDevice: () -> Generator) {
     private var device: Generator? = null
 
+    /** Opens the device ahead of a question that needs to know it; what fails is told by the question. */
+    fun prepare() {
+        try {
+            device = device ?: openDevice()
+        } catch (error: Exception) {
+            // the edge answers, or the error is told then
+        }
+    }
+
     /** Answers `messages`; with `isPrivate` nothing leaves the device, and its error is the caller's. */
     fun ask(messages: List<Message>, maxTokens: Int, isPrivate: Boolean = false, emit: (String) -> Unit): Answer {
         val said = StringBuilder()
@@ -38,6 +47,17 @@ class Assistant(private val edge: EdgeClient, private val model: String, private
         return Answer(said.toString(), servedBy, reason)
     }
 
+    private fun contentOf(message: Message): Any {
+        val only = message.parts.singleOrNull() as? TextPart
+        if (only != null) return only.text
+        return message.parts.map {
+            when (it) {
+                is TextPart -> mapOf("type" to "text", "text" to it.text)
+                is PicturePart -> mapOf("type" to "image_url", "image_url" to mapOf("url" to it.picture.dataUrl))
+            }
+        }
+    }
+
     /** The request for the edge; what was said already is where its model goes on. */
     private fun edgeRequest(
         messages: List<Message>,
@@ -47,7 +67,7 @@ class Assistant(private val edge: EdgeClient, private val model: String, private
     ): Map<String, Any?> {
         val body = linkedMapOf<String, Any?>(
             "model" to model,
-            "messages" to messages.map { mapOf("role" to it.role, "content" to it.content) },
+            "messages" to messages.map { mapOf("role" to it.role, "content" to contentOf(it)) },
             "temperature" to 0,
             "max_tokens" to maxTokens
         )

@@ -14,6 +14,8 @@ class BundleRollback(message: String) : BundleException(message, "bundle_rollbac
 
 class InvalidRequest(message: String) : LongshoreException("invalid_request", message)
 
+class UnsupportedParameter(message: String) : LongshoreException("unsupported_parameter", message)
+
 class PromptTooLong(message: String) : LongshoreException("context_length_exceeded", message)
 
 class DeviceFailed(message: String) : LongshoreException("device_failed", message)

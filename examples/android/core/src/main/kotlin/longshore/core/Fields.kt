@@ -55,6 +55,8 @@ class Fields(val name: String, value: Any?) {
 
     fun child(field: String): Fields = Fields("$name.$field", get(field))
 
+    fun childOrNull(field: String): Fields? = if (get(field) == null) null else child(field)
+
     fun objectOrNull(field: String) {
         if (has(field) && get(field) !is Map<*, *>) fault("$field must be an object")
     }

@@ -39,6 +39,9 @@ data class Variant(val name: String, val file: String, val precision: String, va
 
 data class VisionBucket(val widthPx: Int, val heightPx: Int, val numTokens: Int)
 
+/** How pictures enter a prompt: the encoder's graph, and the token that each of its rows stands for. */
+data class VisionGeometry(val encoderFile: String, val imageTokenId: Int, val unitPx: Int, val hiddenSize: Int)
+
 data class Manifest(
     val name: String,
     val version: Long,
@@ -51,6 +54,7 @@ data class Manifest(
     val eosTokenIds: List<Int>,
     val minOnnxruntime: String,
     val visionBuckets: List<VisionBucket>,
+    val vision: VisionGeometry?,
     val keyId: String?,
     val expiresAtS: Long?,
     val keyChain: List<String>
@@ -68,6 +72,7 @@ fun readManifest(body: ByteArray): Manifest {
     }
     val manifest = manifestOf(Fields("manifest", value))
     checkPaths(manifest)
+    manifest.vision?.let { checkBuckets(it, manifest.visionBuckets) }
     return manifest
 }
 
@@ -87,6 +92,7 @@ private fun manifestOf(fields: Fields): Manifest = fields.read {
         eosTokenIds = longs("eos_token_ids", 1..16, 0L..MAX_TOKEN_ID).map { it.toInt() },
         minOnnxruntime = text("min_onnxruntime", 40, VERSION),
         visionBuckets = listOr("vision_buckets", 64) { bucketOf(it) },
+        vision = childOrNull("vision")?.let { visionOf(it) },
         keyId = textOrNull("key_id", 64),
         expiresAtS = longOrNull("expires_at", 0L..(1L shl 53)),
         keyChain = textsOr("key_chain", 8, Regex("(?s).{0,$MAX_STATEMENT_CHARS}"))
@@ -147,6 +153,27 @@ private fun bucketOf(fields: Fields): VisionBucket = fields.read {
     VisionBucket(int("width_px", 8192), int("height_px", 8192), int("num_tokens", 65536))
 }
 
+private fun visionOf(fields: Fields): VisionGeometry = fields.read {
+    VisionGeometry(
+        path("encoder_file"),
+        long("image_token_id", 0L..MAX_TOKEN_ID).toInt(),
+        int("unit_px", 1024),
+        int("hidden_size", 65536)
+    )
+}
+
+/** An encoder needs sizes to run at, each a whole number of its units and with the tokens that makes. */
+private fun checkBuckets(vision: VisionGeometry, buckets: List<VisionBucket>) {
+    if (buckets.isEmpty()) throw BundleDamaged("an encoder has no size")
+    if (buckets.map { it.widthPx to it.heightPx }.toSet().size != buckets.size) throw BundleDamaged("a size stands twice")
+    for ((width, height, numTokens) in buckets) {
+        val isWhole = width % vision.unitPx == 0 && height % vision.unitPx == 0
+        if (!isWhole || numTokens.toLong() != (width / vision.unitPx).toLong() * (height / vision.unitPx)) {
+            throw BundleDamaged("$width x $height is not $numTokens units of ${vision.unitPx} pixels")
+        }
+    }
+}
+
 private fun checkPaths(manifest: Manifest) {
     val paths = manifest.files.map { it.path }.toSet()
     val folds = paths.map { folded(it) }.toSet() // some file systems know no case
@@ -161,7 +188,7 @@ private fun checkPaths(manifest: Manifest) {
         throw BundleDamaged("a variant stands twice")
     }
     val graphs = manifest.variants.flatMap { listOfNotNull(it.file, it.prefillFile) }
-    for (needed in graphs + manifest.tokenizerFile) {
+    for (needed in graphs + listOfNotNull(manifest.tokenizerFile, manifest.vision?.encoderFile)) {
         if (needed !in paths) throw BundleDamaged("$needed is not listed")
     }
 }

@@ -21,6 +21,23 @@ data class VisionCalibration(
     }
 }
 
+/** Times `encode` at the smallest and at the largest size, after a run that does not count; `nowMs` is a clock. */
+fun measureVision(
+    buckets: List<VisionBucket>,
+    prefillTokensPerS: Double,
+    nowMs: () -> Double,
+    encode: (VisionBucket) -> Unit
+): VisionCalibration {
+    val bySize = buckets.sortedBy { it.widthPx.toLong() * it.heightPx }
+    encode(bySize.first())
+    val (small, large) = listOf(bySize.first(), bySize.last()).map { bucket ->
+        val begunMs = nowMs()
+        encode(bucket)
+        Pair(bucket.widthPx.toLong() * bucket.heightPx, nowMs() - begunMs)
+    }
+    return VisionCalibration(small.first, small.second, large.first, large.second, prefillTokensPerS)
+}
+
 /**
  * The bucket with the most pixels that fits the budget and does not enlarge the image more than is needed;
  * where none fits, the quickest. Null for a model that takes no images.

@@ -5,6 +5,7 @@
 package longshore.core
 
 import java.io.File
+import java.nio.FloatBuffer
 import java.nio.file.Files
 import java.util.Base64
 import kotlin.system.exitProcess
@@ -18,6 +19,7 @@ private class Golden(private val folder: File, private val tokenizerFile: File) 
     fun run(): Int {
         check("tokenizer") { checkText(it) }
         check("template") { checkTemplate(it) }
+        check("pictures") { checkPicture(it) }
         check("bundles") { checkBundle(it) }
         check("rotations") { checkRotation(it) }
         check("signatures") { checkSignature(it) }
@@ -50,6 +52,24 @@ private class Golden(private val folder: File, private val tokenizerFile: File) 
     private fun checkTemplate(case: Map<*, *>): String? {
         val template = readManifest(bytes(load("template")["manifest"])).template
         return differing(longs(encodeChat(tokenizer, template, messagesOf(case))), case["ids"])
+    }
+
+    /** The prompt with its image tokens; what the decoder is given for them; that nothing is computed twice. */
+    private fun checkPicture(case: Map<*, *>): String? {
+        val manifest = readManifest(bytes(load("pictures")["manifest"]))
+        val vision = manifest.vision ?: return "the manifest has no encoder"
+        val messages = picturesOf(case)
+        val ids = encodeChat(tokenizer, manifest.template, messages, vision.imageTokenId)
+        differing(longs(ids), case["ids"])?.let { return it }
+        val seen = Seen()
+        val generator = Generator(seen, tokenizer, manifest, Numbered(vision.hiddenSize))
+        val expected = messages.flatMap { it.pictures }.flatMap { picture ->
+            List(picture.bucket.numTokens * vision.hiddenSize) { picture.key.toFloat() + it }
+        }
+        generator.answer(messages, 1) { true }
+        differing(seen.features, expected)?.let { return it }
+        generator.answer(messages, 1) { true }
+        return differing(listOf(seen.numPast, seen.features.size), listOf(ids.size - 1, 0))
     }
 
     /** The same as a device does with a bundle that it was given: manifest, signature, each file. */
@@ -140,9 +160,41 @@ private class Replay(val ids: List<Int>) : Decoder {
     var prompt = IntArray(0)
     private var next = 0
 
-    override fun forward(tokenIds: IntArray, numPast: Int): FloatArray {
+    override fun forward(tokenIds: IntArray, numPast: Int, features: FloatArray): FloatArray {
         if (numPast == 0) prompt = tokenIds
         return FloatArray(4096).also { it[ids[next++]] = 1f }
+    }
+}
+
+/** A decoder that notes what it was given. */
+private class Seen : Decoder {
+    var features = emptyList<Float>()
+    var numPast = -1
+
+    override fun forward(tokenIds: IntArray, numPast: Int, features: FloatArray): FloatArray {
+        this.features = features.toList()
+        this.numPast = numPast
+        return FloatArray(8)
+    }
+}
+
+/** An encoder whose numbers say which picture they are of, and where in it they stand. */
+private class Numbered(private val hiddenSize: Int) : PictureEncoder {
+    override fun encode(picture: Picture): FloatArray =
+        FloatArray(picture.bucket.numTokens * hiddenSize) { picture.key.toFloat() + it }
+}
+
+/** Messages whose content is a list: texts, and in place of each picture the number of its tokens. */
+private fun picturesOf(case: Map<*, *>): List<Message> {
+    var number = 0
+    return (case["messages"] as List<*>).map {
+        val message = it as Map<*, *>
+        Message(message["role"] as String, (message["content"] as List<*>).map { part ->
+            if (part is String) TextPart(part) else {
+                val bucket = VisionBucket(64, 64, (part as Long).toInt())
+                PicturePart(Picture("${1000 * ++number}", bucket, FloatBuffer.allocate(0), ""))
+            }
+        })
     }
 }
 
