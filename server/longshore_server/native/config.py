@@ -74,8 +74,11 @@ class EngineConfig:
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        if self.kv_cache_dtype != "auto" and (self.device == "cpu" or self.num_ranks > 1):
-            raise ConfigError("kv_cache_dtype", f"{self.kv_cache_dtype} is available on one GPU only")
+        if self.kv_cache_dtype != "auto" and self.device == "cpu":
+            raise ConfigError("kv_cache_dtype", f"{self.kv_cache_dtype} is available on a GPU only")
+        if self.kv_cache_dtype != "auto" and self.placement != "tensor_parallel":
+            words = f"{self.kv_cache_dtype} cannot be had with placement {self.placement}"
+            raise ConfigError("kv_cache_dtype", words)
         if self.kv_cache_dtype != "auto" and parse_sparsity(self.attention_sparsity) is not None:
             raise ConfigError(
                 "kv_cache_dtype", f"{self.kv_cache_dtype} cannot be had with attention_sparsity"

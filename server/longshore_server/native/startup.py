@@ -68,7 +68,7 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
         batch_invariant = config.batch_invariant is not False
     kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
-    num_blocks = _num_kv_blocks(config, loaded, bytes_per_block)
+    num_blocks = _num_kv_blocks(config, loaded, bytes_per_block, has_gpu=links is None or links.is_nccl)
     if links is not None:
         num_blocks = links.smallest(num_blocks)
     max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
@@ -83,10 +83,12 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     if compiled is not None:
         compiled.attach(cache)
         runner: Runner = CpuRunner(compiled)
-    elif device.type == "cuda" and links is None and sparsity is None:
+    elif device.type == "cuda" and config.placement == "tensor_parallel" and sparsity is None:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
         runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, embedder)
+        if links is not None and not links.is_nccl:
+            runner.stay_eager()
     else:
         attention = select_attention(
             device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds
@@ -160,7 +162,8 @@ def _has_other_products(model: PreTrainedModel) -> bool:
     )
 
 
-def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: int) -> int:
+def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: int, *, has_gpu: bool) -> int:
+    """`has_gpu`: no other rank shares the device, if that is a GPU."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     if config.kv_memory_bytes is not None:
@@ -168,7 +171,7 @@ def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: i
         if num_blocks == 0:
             raise ConfigError("kv_memory_bytes", f"is less than one block of {bytes_per_block} bytes")
         return num_blocks
-    if torch.device(config.device).type == "cuda" and config.num_ranks == 1:
+    if torch.device(config.device).type == "cuda" and has_gpu:
         return _num_gpu_blocks(config, loaded, bytes_per_block)
     num_wanted = config.max_num_seqs * -(-loaded.max_model_len // config.block_size)
     return max(1, min(num_wanted, DEFAULT_KV_MEMORY_BYTES // bytes_per_block))

@@ -45,6 +45,10 @@ class DecodeGraphs:
     def captured_buckets(self) -> list[int]:
         return sorted(self._captured)
 
+    def switch_off(self) -> None:
+        """Captures nothing more."""
+        self._is_on = False
+
     def run(self, host_inputs: torch.Tensor, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`host_inputs` is pinned; it is copied without waiting."""
         captured = self._captured.get(bucket)

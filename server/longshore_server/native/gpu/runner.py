@@ -38,7 +38,7 @@ from longshore_server.native.gpu.triton_sampling import sample_rows
 from longshore_server.native.model.vision import ImageEmbedder, model_inputs, shows_image
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
-from longshore_server.native.sequence import Sequence
+from longshore_server.native.sequence import Sequence, SequenceStatus
 
 NO_SLOT = -1
 NOT_FINITE = "the model's logits are not finite"
@@ -65,10 +65,15 @@ class GpuRunner:
         self._embedder = embedder
         self.device = cache.device
         self._is_cuda = cache.device.type == "cuda"
+        self.drawn: dict[Sequence, int] = {}  # the last tokens of those that the host drew for
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
         self._may_flash = may_flash(cache, model.dtype)
         self._tile_rows = cache_tile_rows(cache, model.dtype)
         self._graphs = DecodeGraphs(self._decode_forward, cache.device)
+
+    def stay_eager(self) -> None:
+        """Captures no steps: for exchanges between ranks that a graph cannot hold."""
+        self._graphs.switch_off()
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
@@ -250,6 +255,7 @@ class GpuRunner:
         special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_plain]
         redrawn = sample(logits[special], [pairs[row][0] for row in special]) if special else []
         if redrawn:
+            self._note_drawn([pairs[row][0] for row in special], redrawn)
             last = torch.tensor([token.token_id for token in redrawn], device=self.device)
             places = torch.tensor([pairs[row][1] for row in special], device=self.device)
             self._seats.last_tokens[places] = last
@@ -268,6 +274,10 @@ class GpuRunner:
             return tokens
 
         return read
+
+    def _note_drawn(self, sequences: list[Sequence], tokens: list[SampledToken]) -> None:
+        self.drawn = {s: token for s, token in self.drawn.items() if s.status is SequenceStatus.RUNNING}
+        self.drawn |= {s: token.token_id for s, token in zip(sequences, tokens, strict=True)}
 
 
 def _is_decode(chunk: Chunk) -> bool:

@@ -34,6 +34,7 @@ from longshore_server.native.ranks.messages import (
     read_pong,
     step_payload,
 )
+from longshore_server.native.ranks.mirror import StepTeller
 from longshore_server.native.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,10 @@ class RankGroup:
     def step(self, chunks: Sequence[Chunk]) -> None:
         """Lets every rank begin the forward pass of these chunks."""
         self._tell(Kind.STEP, step_payload(chunks))
+
+    def mirror(self, payload: bytes) -> None:
+        """Lets every rank launch a step on its GPU; see `mirror`."""
+        self._tell(Kind.MIRROR, payload)
 
     def check_in_step(self) -> None:
         """Raises RanksLostError unless every rank is idle after as many exchanges as this one.
@@ -281,11 +286,10 @@ class RankedRunner:
     Everything but the calls below is the plain runner's.
     """
 
-    overlaps = False  # the others follow step by step
-
     def __init__(self, runner: Any, group: RankGroup) -> None:
         self._runner = runner
         self._group = group
+        self._teller = StepTeller()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -295,15 +299,28 @@ class RankedRunner:
         self._runner.clear_blocks(blocks)
 
     def launch(self, chunks: Sequence[Chunk]) -> Callable[[], Any]:
-        """Runs the chunks; the results are what the callable gives."""
-        results = self.run(chunks)
-        return lambda: results
+        """As the runner's own; raises RanksLostError when the ranks cannot go on together."""
+        if not self._runner.overlaps:
+            results = self.run(chunks)
+            return lambda: results
+        self._group.mirror(self._teller.payload(chunks, self._runner.drawn))
+        read = self._together(lambda: self._runner.launch(chunks))
+
+        def read_together() -> Any:
+            results = read()
+            self._group.raise_if_lost()  # then the exchanges were broken off, and the tokens are none
+            return results
+
+        return read_together
 
     def run(self, chunks: Sequence[Chunk]) -> Any:
         """As the plain runner's; raises RanksLostError when the ranks cannot go on together."""
         self._group.step(chunks)
+        return self._together(lambda: self._runner.run(chunks))
+
+    def _together(self, run: Callable[[], Any]) -> Any:
         try:
-            return self._runner.run(chunks)
+            return run()
         except Exception as error:
             self._group.raise_if_lost()
             try:

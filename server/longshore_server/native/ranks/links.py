@@ -42,17 +42,20 @@ class RankLinks:
             self._nccl = dist.ProcessGroupNCCL(
                 dist.PrefixStore("nccl", store), rank, num_ranks, timedelta(seconds=600)
             )
-            self._nccl.allreduce(
-                [torch.zeros(1, device=device)]
-            ).wait()  # connects now, not in the first step
+            self.add_up(torch.zeros(1, device=device))  # connects now, not in the first step
         self.smallest(0)
+
+    @property
+    def is_nccl(self) -> bool:
+        """Whether GPUs exchange by themselves, each rank having its own."""
+        return self._nccl is not None
 
     def add_up(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of equally shaped tensors, on every rank; may change `partial`."""
         self.num_collectives += 1
         if self._nccl is not None:
             partial = partial.contiguous()
-            self._nccl.allreduce([partial]).wait()
+            _wait(self._nccl.allreduce([partial], _on_stream(dist.AllreduceOptions())))
             return partial
         total, *others = self._all(partial.to("cpu", torch.float32))
         for other in others:
@@ -64,9 +67,13 @@ class RankLinks:
         self.num_collectives += 1
         if self._nccl is not None:
             columns = columns.contiguous()
-            parts = [torch.empty_like(columns) for _ in range(self.num_ranks)]
-            self._nccl.allgather([parts], [columns]).wait()
-            return torch.cat(parts, dim=-1)
+            gathered = columns.new_empty(self.num_ranks, *columns.shape)
+            _wait(
+                self._nccl._allgather_base(
+                    gathered, columns, _on_stream(dist.distributed_c10d.AllgatherOptions())
+                )
+            )
+            return torch.cat(list(gathered), dim=-1)
         parts = self._all(columns.to("cpu", torch.float32))
         return torch.cat(parts, dim=-1).to(columns.device, columns.dtype)
 
@@ -103,3 +110,16 @@ class RankLinks:
         parts = [torch.empty_like(mine) for _ in range(self.num_ranks)]
         self._gloo.allgather([parts], [mine]).wait()
         return parts
+
+
+def _on_stream(options: Any) -> Any:
+    """Lets NCCL work on the step's own stream, where this torch can: a captured step has no forks then."""
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
+
+
+def _wait(work: Any) -> None:
+    """For the stream, not the host; what ran on the stream itself gives nothing to wait for."""
+    if work is not None:
+        work.wait()

@@ -22,7 +22,7 @@ _INT = array("i").typecode
 
 
 class Kind(IntEnum):
-    """What a message says. Down: SETUP, STEP, CLEAR, PING. Up: READY, FAILED, BEAT, PONG."""
+    """What a message says. Down: SETUP, STEP, CLEAR, PING, MIRROR. Up: READY, FAILED, BEAT, PONG."""
 
     SETUP = 1
     STEP = 2
@@ -32,6 +32,7 @@ class Kind(IntEnum):
     FAILED = 6
     BEAT = 7
     PONG = 8
+    MIRROR = 9  # a step on GPUs, see `mirror`
 
 
 @dataclass(frozen=True, slots=True)

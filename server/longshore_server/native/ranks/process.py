@@ -80,6 +80,8 @@ class RankServer:
     def _carry_out(self, share: Any, kind: Kind, payload: bytes) -> None:
         if kind is Kind.STEP:
             share.run_step(read_step(payload))
+        elif kind is Kind.MIRROR:
+            share.mirror_step(payload)
         elif kind is Kind.CLEAR:
             share.clear_blocks(read_blocks(payload))
         elif kind is Kind.PING:

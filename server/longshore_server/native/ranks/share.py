@@ -9,11 +9,13 @@ from typing import Any, Protocol, cast
 import torch
 
 from longshore_server.native.config import EngineConfig
+from longshore_server.native.errors import RankProtocolError
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import load_model
 from longshore_server.native.model.placement import FeedForwardRunner, rank_device
 from longshore_server.native.ranks.links import RankLinks
-from longshore_server.native.runner import ModelRunner
+from longshore_server.native.ranks.mirror import StepReader
+from longshore_server.native.runner import ModelRunner, Runner
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.startup import build
 
@@ -26,6 +28,7 @@ class Share(Protocol):
     links: RankLinks
 
     def run_step(self, chunks: Sequence[Chunk]) -> None: ...
+    def mirror_step(self, payload: bytes) -> None: ...
     def clear_blocks(self, blocks: Sequence[int]) -> None: ...
 
 
@@ -38,6 +41,27 @@ class TensorShare:
 
     def run_step(self, chunks: Sequence[Chunk]) -> None:
         self._runner.run_without_sampling(chunks)
+
+    def mirror_step(self, payload: bytes) -> None:
+        raise RankProtocolError("a step for GPUs, on a rank that runs steps one by one")
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        self._runner.clear_blocks(blocks)
+
+
+class MirroringShare:
+    """A slice of every layer on a GPU of its own: it launches what the first rank launches, never waiting."""
+
+    def __init__(self, runner: Runner, links: RankLinks) -> None:
+        self.links = links
+        self._runner = runner
+        self._reader = StepReader()
+
+    def run_step(self, chunks: Sequence[Chunk]) -> None:
+        raise RankProtocolError("a step without settings, on a rank that draws its own tokens")
+
+    def mirror_step(self, payload: bytes) -> None:
+        self._runner.launch(self._reader.read(payload))
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         self._runner.clear_blocks(blocks)
@@ -52,6 +76,9 @@ class FeedForwardShare:
 
     def run_step(self, chunks: Sequence[Chunk]) -> None:
         self._runner.run_rows(sum(chunk.num_tokens for chunk in chunks))
+
+    def mirror_step(self, payload: bytes) -> None:
+        raise RankProtocolError("a step for GPUs, on a rank without attention")
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         pass
@@ -68,7 +95,10 @@ def make_share(settings: dict[str, Any], rank: int, store_path: Path, num_thread
     config = EngineConfig(**(values | {"device": device}))
     links = RankLinks(rank, config.num_ranks, store_path, torch.device(device), nccl=is_nccl)
     if config.placement == "tensor_parallel":
-        return TensorShare(cast(ModelRunner, build(config, links).runner), links)
+        runner = build(config, links).runner
+        if runner.overlaps:
+            return MirroringShare(runner, links)
+        return TensorShare(cast(ModelRunner, runner), links)
     return FeedForwardShare(_feed_forward(config, links))
 
 
