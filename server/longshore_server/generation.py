@@ -83,8 +83,16 @@ class AnswerService:
         self._is_draining = False
 
     async def plan(self, request: AnyRequest, caller: Caller, request_id: str, arrived_s: float) -> Plan:
-        """Check a request and put it into tokens; raises a RequestError."""
-        return await self._planner.plan(request, caller, request_id, arrived_s)
+        """Check a request and put it into tokens; raises a RequestError, or DeadlineExceededError.
+
+        Pictures may wait for others' to be decoded, so the request's own time bounds this, too.
+        """
+        remaining_s = arrived_s + self._planner.time_s(request) - self.clock()
+        try:
+            async with asyncio.timeout(max(remaining_s, 0) + _DEADLINE_GRACE_S):
+                return await self._planner.plan(request, caller, request_id, arrived_s)
+        except TimeoutError:
+            raise DeadlineExceededError("the request's time was over before it could be read") from None
 
     def open(self, plan: Plan) -> AnswerStream:
         """Start the answer; the caller must `aclose` the stream.

@@ -62,6 +62,11 @@ class Planner:
         self._info = engine.info
         self._can_resume = "resume" in engine.capabilities
 
+    def time_s(self, request: AnyRequest) -> float:
+        """What the request has from its arrival to its end."""
+        deadline_ms = request.longshore.deadline_ms
+        return self._config.default_deadline_s if deadline_ms is None else deadline_ms / 1000
+
     async def plan(self, request: AnyRequest, caller: Caller, request_id: str, arrived_s: float) -> Plan:
         """Check a request and put it into tokens; raises a RequestError."""
         self._check(request, caller)
@@ -73,14 +78,13 @@ class Planner:
             prompts = tuple(
                 self._reader.sizes.expand(prompt, shown.uses, _param(request)) for prompt in prompts
             )
-        deadline_ms = request.longshore.deadline_ms
-        remaining_s = self._config.default_deadline_s if deadline_ms is None else deadline_ms / 1000
+        deadline_s = arrived_s + self.time_s(request)
         draft = GenerateJob(
             request_id=f"{request_id}-{seam.segment}",
             prompt_token_ids=(),
             tenant=caller.tenant,
             priority=priority_of(request.lane),
-            deadline_s=arrived_s + remaining_s,
+            deadline_s=deadline_s,
             continue_from=seam.token_ids,
             images=shown.images,
         )
@@ -90,7 +94,7 @@ class Planner:
             caller=caller,
             model=self._config.model_name,
             arrived_s=arrived_s,
-            deadline_s=arrived_s + remaining_s,
+            deadline_s=deadline_s,
             jobs=tuple(self._jobs(request, caller, prompts, seam, draft)),
             seam=seam,
             images=shown.uses,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from longshore.errors import ProtocolError
 from longshore_server import ipc
-from longshore_server.engines.base import EngineStats, ModelInfo, SamplingSpec
+from longshore_server.engines.base import EngineStats, JobImage, ModelInfo, SamplingSpec
 
 MESSAGES = [
     ipc.Hello(1, "http-1"),
@@ -25,6 +25,7 @@ MESSAGES = [
         remaining_s=1.5,
         continue_from=(4, 5),
         replay=True,
+        images=(JobImage(1, 2, bytes(range(6))), JobImage(16, 16, b"\xff" * 768)),
     ),
     ipc.Abort(7),
     ipc.StatsRequest(1),
