@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -369,3 +372,20 @@ def test_what_the_sdk_sends_is_what_the_device_takes(seeing: Student) -> None:
     assert ids(list(seeing.stream(ask(part, said("?"))))) == ids(
         list(seeing.stream(ask(shown(picture(9)), said("?"))))
     )
+
+
+_PIECES = st.sampled_from(["Look", " at ", "this", IMAGE, "<|end|>", "", *range(3)])
+
+
+@pytest.mark.fuzz
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+@given(talks=st.lists(st.lists(_PIECES, min_size=1, max_size=6), min_size=2, max_size=4))
+def test_what_is_reused_never_changes_what_is_seen(seeing: Student, talks: list[list[str | int]]) -> None:
+    """Each request is asked after the ones before it, and again after one that shares nothing with it."""
+    for pieces in talks:
+        parts = [said(piece) if isinstance(piece, str) else shown(picture(piece), "low") for piece in pieces]
+        after_others = certainties(seeing, *parts)[0]
+        list(seeing.stream(decode_completion_request({"model": "s", "prompt": [1000], "max_tokens": 1})))
+        assert math.isclose(certainties(seeing, *parts)[0], after_others, abs_tol=1e-4)
