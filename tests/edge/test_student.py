@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from edge.harness import (
     CoreProcess,
@@ -21,12 +25,13 @@ from edge.harness import (
     start_edge,
     stream,
 )
-from longshore.bundle import SigningKey, TrustStore, save_trust
+from longshore.bundle import SigningKey, TrustStore, save_trust, write_manifest
 from longshore.signing import PrivateKey
 from longshore.tier_process import TierProcess
 from longshore.wire import Report, decode
 from longshore_export.bundle import export_student
 from tiny_models import config_of, write_model
+from vision_bundle import make_vision_bundle
 
 OPERATOR = SigningKey("ops", PrivateKey.generate())
 
@@ -34,8 +39,10 @@ OPERATOR = SigningKey("ops", PrivateKey.generate())
 @pytest.fixture(scope="module")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_model(tmp_path_factory.mktemp("model") / "tiny-student", config_of("llama-tied"), seed=1)
+    exported = export_student(model, tmp_path_factory.mktemp("exported") / "tiny-student").path
     out = tmp_path_factory.mktemp("bundle") / "tiny-student"
-    return export_student(model, out, signing_key=OPERATOR).path
+    write_manifest(out, make_vision_bundle(exported, out), OPERATOR)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,45 @@ async def test_last_resort(edge_with_student: TierProcess, far: CoreProcess, is_
     assert (report.served_by, report.degraded, report.cached) == ("edge", True, False)
     assert [attempt.outcome for attempt in report.attempts] in (["failed", "served"], ["skipped", "served"])
     assert "far" in report.reason or "no core" in report.reason
+
+
+def picture(colour: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Messages that show a picture of one colour."""
+    out = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(out, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+async def test_a_student_that_sees_is_shown_pictures(
+    edge_with_student: TierProcess, far: CoreProcess
+) -> None:
+    """By its own name, when the core fails, and when no core sees."""
+    red, blue = picture((250, 10, 10)), picture((10, 10, 250))
+    async with session_to(edge_with_student) as session:
+        async with session.get("/v1/models/tiny-student") as response:
+            assert (await response.json())["input_modalities"] == ["text", "image"]
+        greedy = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+        answers = []
+        for shown in (red, blue, red):
+            status, body, _ = await ask(session, {"model": "tiny-student", "messages": shown, **greedy})
+            assert status == 200, body
+            answers.append(body["choices"][0]["message"]["content"])
+            assert [use["num_tokens"] for use in body["longshore"]["images"]] == [16]
+        assert answers[0] == answers[2] != answers[1]
+
+        asked = {"model": "shop", "messages": red, "max_tokens": 6}  # drawn, so that no cache answers
+        for settings in ({"status": 503}, {"modalities": ["text"]}):
+            await far.set(**settings)
+
+            async def is_students() -> bool:
+                _, body, _ = await ask(session, asked)
+                return (body.get("longshore") or {}).get("served_by") == "edge"
+
+            await eventually(is_students, within_s=10)
+            await far.set()
+            await eventually(lambda: _core_is_back(session), within_s=10)
+    assert (await far.log(clear=True))[-1]["body"]["messages"] != red
 
 
 async def test_a_core_that_would_miss_the_target(edge_with_student: TierProcess, far: CoreProcess) -> None:
