@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from longshore_server.native.attention.backend import select_attention
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
-from longshore_server.native.attention.page_bounds import PageBounds
+from longshore_server.native.attention.page_bounds import PageBounds, bounds_bytes
 from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
@@ -67,16 +67,16 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     else:
         batch_invariant = config.batch_invariant is not False
     kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+    sparsity = parse_sparsity(config.attention_sparsity)
+    ranked = set() if sparsity is None else set(range(len(geometries))) - sparsity.dense_layers
     bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
+    bytes_per_block += bounds_bytes(geometries, ranked, kv_dtype)
     num_blocks = _num_kv_blocks(config, loaded, bytes_per_block, has_gpu=links is None or links.is_nccl)
     if links is not None:
         num_blocks = links.smallest(num_blocks)
     max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
     cache = PagedKVCache(geometries, num_blocks, config.block_size, kv_dtype, device)
-    sparsity = parse_sparsity(config.attention_sparsity)
-    bounds = None
-    if sparsity is not None:
-        bounds = PageBounds(cache, set(range(len(geometries))) - sparsity.dense_layers)
+    bounds = None if sparsity is None else PageBounds(cache, ranked)
     embedder = None
     if loaded.tower is not None:
         embedder = ImageEmbedder(loaded.tower, loaded.model.get_input_embeddings())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -81,3 +85,20 @@ def test_a_silent_rank_is_noticed_and_ended(settings: dict[str, Any]) -> None:
     finally:
         engine.close()
     assert not rank.is_running()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="elsewhere a folder is left to the system's care")
+def test_ranks_that_are_killed_while_they_meet_leave_nothing_behind(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from torch.distributed import FileStore
+from longshore_server.native.ranks.group import MeetingPlace
+place = MeetingPlace()
+FileStore(str(place.path), 2).set("here", "1")
+assert FileStore(str(place.path), 2).get("here") == b"1"
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())

@@ -241,3 +241,15 @@ def test_it_excludes_the_invariant_mode() -> None:
     with pytest.raises(ConfigError, match="batch_invariant"):
         EngineConfig(model="m", attention_sparsity="window=8", batch_invariant=True)
     assert not EngineConfig(model="m", attention_sparsity="window=8").may_be_batch_invariant
+
+
+def test_the_bounds_of_pages_count_as_memory_for_kv(make_engine) -> None:
+    kv_memory_bytes = 1 << 20
+    engine = make_engine(
+        num_kv_blocks=None, kv_memory_bytes=kv_memory_bytes, attention_sparsity="window=8 top_pages=2"
+    )
+    bounds = engine._runner._make_context.keywords["bounds"]
+    tensors = [*engine._runner.cache.stores, *bounds.lowest.values(), *bounds.highest.values()]
+    num_blocks = engine._scheduler.pool.num_blocks
+    one_block = sum(tensor.nbytes for tensor in tensors) / (num_blocks + 1)  # one more pads tables
+    assert bounds.lowest and one_block * num_blocks <= kv_memory_bytes < one_block * (num_blocks + 1)

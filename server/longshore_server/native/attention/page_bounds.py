@@ -7,11 +7,11 @@ Source: Quest, arXiv 2406.10774.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
-from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 
 
 class PageBounds:
@@ -21,7 +21,7 @@ class PageBounds:
         self._cache = cache
         self.lowest: dict[int, torch.Tensor] = {}
         self.highest: dict[int, torch.Tensor] = {}
-        dtype = cache.dtype if cache.dtype.itemsize > 1 else torch.bfloat16
+        dtype = _bounds_dtype(cache.dtype)
         for layer in sorted(layers):
             blocks, _, num_kv_heads, key_dim = cache.keys[layer].shape
             for bounds in (self.lowest, self.highest):
@@ -57,3 +57,13 @@ class PageBounds:
             for bounds in (lowest, highest)
         )
         return (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low).float()
+
+
+def bounds_bytes(geometries: Sequence[LayerGeometry], layers: Collection[int], dtype: torch.dtype) -> int:
+    """Bytes of one block's bounds over `layers`, of a cache in `dtype`."""
+    num_elements = sum(geometries[layer].num_kv_heads * geometries[layer].key_dim for layer in layers)
+    return 2 * num_elements * _bounds_dtype(dtype).itemsize
+
+
+def _bounds_dtype(cache_dtype: torch.dtype) -> torch.dtype:
+    return cache_dtype if cache_dtype.itemsize > 1 else torch.bfloat16

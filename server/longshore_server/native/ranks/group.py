@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import selectors
 import shutil
 import socket
@@ -70,6 +71,30 @@ def start_process(peer: socket.socket) -> RankHandle:
     )
 
 
+class MeetingPlace:
+    """A file through which the ranks find each other at the start; only this user can open it.
+
+    On Linux it is memory with a name under /proc, so an engine that is killed leaves nothing behind.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("longshore-ranks") if hasattr(os, "memfd_create") else None
+        self._folder = None if self._descriptor is not None else Path(tempfile.mkdtemp())  # mode 0700
+        self.path = (
+            Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+            if self._folder is None
+            else self._folder / "store"
+        )
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
 class RankGroup:
     """Ranks 1 to `num_ranks - 1` of one engine.
 
@@ -83,7 +108,7 @@ class RankGroup:
         self.num_ranks = config.num_ranks
         self.lost: str | None = None
         self._on_lost = on_lost
-        self._folder = Path(tempfile.mkdtemp(prefix="longshore-ranks-"))  # mode 0700
+        self._meeting_place = MeetingPlace()
         self._links: RankLinks | None = None
         self._is_closing = False
         self._is_watching_beats = False
@@ -110,21 +135,17 @@ class RankGroup:
         setup = {
             "config": dataclasses.asdict(config),
             "rank": rank,
-            "store": str(self._store_path),
+            "store": str(self._meeting_place.path),
             "num_threads": torch.get_num_threads(),
         }
         ours.sendall(frame(Kind.SETUP, json.dumps(setup).encode()))
-
-    @property
-    def _store_path(self) -> Path:
-        return self._folder / "store"
 
     # --- the start ---
 
     def connect(self, device: torch.device, *, nccl: bool) -> RankLinks:
         """Meets the other ranks; raises RanksLostError if one of them failed instead."""
         try:
-            self._links = RankLinks(0, self.num_ranks, self._store_path, device, nccl=nccl)
+            self._links = RankLinks(0, self.num_ranks, self._meeting_place.path, device, nccl=nccl)
         except RuntimeError as error:
             raise RanksLostError(self.lost or f"the ranks did not meet: {error}") from error
         return self._links
@@ -137,7 +158,7 @@ class RankGroup:
             )
         if self.lost is not None or not all_ready:
             raise RanksLostError(self.lost or f"the ranks were not ready after {START_TIMEOUT_S:.0f} s")
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._meeting_place.close()
         self._is_watching_beats = True
 
     # --- steps ---
@@ -208,7 +229,7 @@ class RankGroup:
             watcher.join(END_TIMEOUT_S)
         for each in self._sockets:
             each.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._meeting_place.close()
 
     def _lose(self, reason: str) -> None:
         """Ends all ranks at once; only the first reason counts."""
