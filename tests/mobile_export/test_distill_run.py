@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from longshore.cli import main
 from longshore.errors import ConfigError, UnsupportedModelError
 from longshore_export.distill import hidden_states
-from longshore_export.distill.examples import Examples
+from longshore_export.distill.examples import Ahead, Examples
 from longshore_export.distill.on_policy import generalized_jsd, write_rows
 from longshore_export.distill.pair import drop_layers
 from longshore_export.distill.relations import RelationLoss
@@ -267,6 +267,60 @@ def test_the_loss_is_on_answers_alone(data: Path) -> None:
     example = Examples(data, tokenizer, 64)[1]
     learnt = example.token_ids[example.num_prompt_tokens :]
     assert tokenizer.decode(learnt) == "The lamp is red." + tokenizer.eos_token
+
+
+@given(
+    st.lists(st.sampled_from(["The lamp is red.", "", "7", " <|end|> \x02"]), min_size=1, max_size=5),
+    st.integers(24, 90),
+)
+@settings(max_examples=30, deadline=None)
+def test_every_answer_of_a_chat_is_learnt(tmp_path_factory: Any, answers: list[str], max_tokens: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    chat = [
+        {"role": role, "content": text}
+        for number, answer in enumerate(answers)
+        for role, text in (("user", f"Question {number}?"), ("assistant", answer))
+    ]
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat}))
+    batch = Examples(path, tokenizer, max_tokens).batch(0, 0, 1, 1, seed=0)
+    ids, labels = batch.input_ids[0], batch.labels[0]
+    whole = tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False))
+    assert ids.tolist() == whole[:max_tokens]
+    learnt = labels.ge(0)
+    assert torch.equal(labels[learnt], ids[1:][learnt[:-1]])
+    told = tokenizer.decode(labels[learnt].tolist())
+    assert "".join(answer + tokenizer.eos_token for answer in answers).startswith(told) and told
+    assert len(ids) < len(whole) or told.count(tokenizer.eos_token) == len(answers) + sum(
+        answer.count(tokenizer.eos_token) for answer in answers
+    )
+
+
+def test_a_template_that_leaves_earlier_answers_out_teaches_the_last(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}<|assistant|>"
+    chat = [{"role": role, "content": role + "!"} for role in ("user", "assistant", "user", "assistant")]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat}))
+    example = Examples(path, tokenizer, 64)[0]
+    assert tokenizer.decode(list(example.token_ids)) == "user!<|assistant|>assistant!<|end|>"
+    assert len(example.learnt) == 1
+
+
+def test_batches_made_ahead_are_the_same_and_raise_where_they_are_wanted(data: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    examples = Examples(data, tokenizer, 32)
+    ahead = Ahead(examples, 0, 1, 2, 9)
+    for step in (0, 1, 2, 7, 8):  # a resumed run begins anywhere
+        assert torch.equal(ahead.batch(step).input_ids, examples.batch(step, 0, 1, 2, 9).input_ids)
+    ahead.close()
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n{\n")
+    bad = Ahead(Examples(path, tokenizer, 32), 0, 1, 1, 0)
+    with pytest.raises(ConfigError, match="line 2"):
+        for step in range(2):
+            bad.batch(step)
+    bad.close()
 
 
 @pytest.mark.parametrize(
