@@ -1,10 +1,11 @@
 """The device runtime beside its peers on a random 32 M Llama: one thread, prompt 256, decode 128.
 
-    python scripts/bench_device.py --peers PYTHON [--genai-model FOLDER] [--repeats 9] [--work FOLDER]
+    python scripts/bench_device.py --peers PYTHON --work FOLDER [--genai-model FOLDER] [--repeats 9] [--torch]
 
-`--peers` is a Python that has llama-cpp-python, gguf, safetensors and, for its rows, onnxruntime-genai. All
-engines stay loaded and take turns, so that a disturbance hits them alike; medians of CPU time are compared.
-A genai model is made beforehand by `python -m onnxruntime_genai.models.builder -p int4 -e cpu`.
+`--peers` is a Python that has llama-cpp-python, gguf and, for its rows, onnxruntime-genai. All engines stay
+loaded and take turns, in another order each round, so that a disturbance hits them alike. Rates are medians
+of tokens per second of CPU time, ratios medians of the ratios within a round. A genai model is made first,
+by `python -m onnxruntime_genai.models.builder -p int4 -e cpu`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 VOCAB, MAX_TOKENS, NUM_PROMPT, NUM_DECODE = 8192, 512, 256, 128
 KV = {"num_layers": 8, "num_kv_heads": 2, "head_dim": 64, "max_tokens": MAX_TOKENS}
 SCRIPTS = Path(__file__).parent
+GENAI = "onnxruntime-genai int4"
 OURS = ("int4-b64", "int4-b64-p8", "int4-b128-p8", "int8")
 
 
@@ -93,7 +95,7 @@ def our_engines(model: Path, work: Path) -> list[Engine]:
     return out
 
 
-def peer_engines(peers: str, model: Path, work: Path, genai_model: Path | None) -> list[Engine]:
+def peer_engines(peers: str, model: Path, work: Path, args: argparse.Namespace) -> list[Engine]:
     out = []
     options = {"vocab_size": VOCAB, "max_tokens": MAX_TOKENS}
     for form in ("Q4_0", "Q8_0"):
@@ -102,29 +104,37 @@ def peer_engines(peers: str, model: Path, work: Path, genai_model: Path | None) 
             maker = SCRIPTS / "bench_device_gguf.py"
             subprocess.run([peers, str(maker), str(model), form, str(file)], check=True)
         out.append(start(f"llama.cpp {form}", peers, "llama", file, options, file.stat().st_size))
-    if genai_model:
-        size = sum(path.stat().st_size for path in genai_model.glob("model.onnx*"))
-        out.append(start("onnxruntime-genai int4", peers, "genai", genai_model, options, size))
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    out.append(start("torch eager fp32", sys.executable, "torch", model, options, size))
+    if args.genai_model:
+        size = sum(path.stat().st_size for path in args.genai_model.glob("model.onnx*"))
+        out.append(start(GENAI, peers, "genai", args.genai_model, options, size))
+    if args.torch:
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        out.append(start("torch eager fp32", sys.executable, "torch", model, options, size))
     return out
 
 
+def ratio(engine: Engine, other: Engine | None, side: int) -> str:
+    """How many times as fast as another engine in the same round; side 0 is prefill, 1 decode."""
+    if other is None:
+        return "-"
+    pairs = zip(engine.rates, other.rates, strict=True)
+    return f"{statistics.median(ours[side] / theirs[side] for ours, theirs in pairs):.2f}"
+
+
 def report(engines: list[Engine]) -> None:
-    by_name = {
-        engine.name: [statistics.median(side) for side in zip(*engine.rates, strict=True)]
-        for engine in engines
-    }
-    base = by_name["llama.cpp Q4_0"]
+    by_name = {engine.name: engine for engine in engines}
+    llama, genai = by_name["llama.cpp Q4_0"], by_name.get(GENAI)
+    print(f"{'':<33}{'prefill':>16}{'decode':>27}{'first token, ms':>19}")
     print(
-        f"{'engine':<26}{'MB':>7}{'prefill/s':>11}{'decode/s':>10}"
-        f"{'x Q4_0':>8}{'x Q4_0':>8}{'first token':>13}"
+        f"{'engine':<26}{'MB':>7}{'/s':>8}{'x Q4_0':>8}{'/s':>9}{'x Q4_0':>9}{'x genai':>9}"
+        f"{'CPU':>10}{'best wall':>11}"
     )
     for engine in engines:
-        prefill, decode = by_name[engine.name]
+        prefill, decode = (statistics.median(side) for side in zip(*engine.rates, strict=True))
         print(
-            f"{engine.name:<26}{engine.size_bytes / 1e6:>7.1f}{prefill:>11.0f}{decode:>10.0f}"
-            f"{prefill / base[0]:>8.2f}{decode / base[1]:>8.2f}{min(engine.prompt_walls_s) * 1e3:>10.0f} ms"
+            f"{engine.name:<26}{engine.size_bytes / 1e6:>7.1f}{prefill:>8.0f}{ratio(engine, llama, 0):>8}"
+            f"{decode:>9.0f}{ratio(engine, llama, 1):>9}{ratio(engine, genai, 1):>9}"
+            f"{NUM_PROMPT / prefill * 1e3:>10.0f}{min(engine.prompt_walls_s) * 1e3:>11.0f}"
         )
 
 
@@ -133,6 +143,7 @@ def main() -> None:
     parser.add_argument("--peers", required=True, help="a Python that has llama-cpp-python and gguf")
     parser.add_argument("--genai-model", type=Path)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--torch", action="store_true", help="torch's eager model as well, which takes long")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
     model = args.work / "llama32m"
@@ -140,11 +151,12 @@ def main() -> None:
     if not (model / "config.json").exists():
         model.mkdir()
         make_model(model)
-    engines = our_engines(model, args.work) + peer_engines(args.peers, model, args.work, args.genai_model)
+    engines = our_engines(model, args.work) + peer_engines(args.peers, model, args.work, args)
     prompt = [(7 * number + 3) % VOCAB for number in range(NUM_PROMPT)]
     try:
         for repeat in range(args.repeats + 1):
-            for engine in engines:
+            turn = repeat % len(engines)
+            for engine in (*engines[turn:], *engines[:turn]):
                 engine.run(prompt)
                 if repeat == 0:  # the first run allocates
                     engine.rates.clear()
