@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from longshore_server.native.attention.interface import CONTEXT_KEYWORD
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD, SampledRows
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.triton_context import (
     MIN_FLASH_ROWS,
@@ -24,7 +24,16 @@ from longshore_server.native.attention.triton_context import (
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
-from longshore_server.native.gpu.graphs import DecodeGraphs, bucket_of
+from longshore_server.native.gpu.graphs import StepGraphs, bucket_of
+from longshore_server.native.gpu.mixed_steps import (
+    DECODE_BUCKETS,
+    MAX_SPANS,
+    NO_SLOT,
+    MixedShape,
+    kept_places,
+    pack,
+    shape_of,
+)
 from longshore_server.native.gpu.seats import Seats, TableUpdates
 from longshore_server.native.gpu.step_inputs import (
     Packer,
@@ -35,12 +44,12 @@ from longshore_server.native.gpu.step_inputs import (
     token_ids,
 )
 from longshore_server.native.gpu.triton_sampling import sample_rows
+from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageEmbedder, model_inputs, shows_image
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
 
-NO_SLOT = -1
 NOT_FINITE = "the model's logits are not finite"
 SPAN_FIELDS = ("first_rows", "num_rows", "context_lens", "table_rows", "tile_spans", "tile_offsets")
 
@@ -69,11 +78,18 @@ class GpuRunner:
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
         self._may_flash = may_flash(cache, model.dtype)
         self._tile_rows = cache_tile_rows(cache, model.dtype)
-        self._graphs = DecodeGraphs(self._decode_forward, cache.device)
+        self._graphs = StepGraphs(self._decode_forward, cache.device)
+        self._mixed_graphs = StepGraphs(self._padded_forward, cache.device)
+        # a fused decoder keeps the sampled rows itself, from its last layer's attention on
+        self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
+        num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)
+        num_kv_heads = max(pages.shape[2] for pages in cache.values)
+        self._arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=cache.device)
 
     def stay_eager(self) -> None:
         """Captures no steps: for exchanges between ranks that a graph cannot hold."""
         self._graphs.switch_off()
+        self._mixed_graphs.switch_off()
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
@@ -103,13 +119,18 @@ class GpuRunner:
         updates = TableUpdates()
         seats = [self._seats.place(chunk.sequence, updates) for chunk in chunks]
         self._upload(updates)
+        samples = [index for index, chunk in enumerate(chunks) if chunk.samples]
+        pairs = [(chunks[index].sequence, seats[index]) for index in samples]
         bucket = bucket_of(len(chunks))
         if bucket is not None and all(_is_decode(chunk) for chunk in chunks):
             logits, sampled = self._graphs.run(self._pack_decode(chunks, seats, bucket), bucket)
+        elif (shape := self._shape_of(chunks)) is not None:
+            logits, sampled = self._mixed_graphs.run(self._pack_mixed(shape, chunks, seats), shape)
+            places = kept_places(shape, chunks)
+            return self._collect(logits, sampled, pairs, [places[index] for index in samples])
         else:
             logits, sampled = self._mixed_forward(chunks, seats)
-        pairs = [(chunk.sequence, seat) for chunk, seat in zip(chunks, seats, strict=True) if chunk.samples]
-        return self._collect(logits, sampled, pairs)
+        return self._collect(logits, sampled, pairs, list(range(len(pairs))))
 
     def _upload(self, updates: TableUpdates) -> None:
         if updates.places:
@@ -144,7 +165,7 @@ class GpuRunner:
         rows = inputs.view(8, bucket)
         seats, tokens, positions, row_slots, lens = rows[:5]
         known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
-        tables = StepTables(row_slots, self._seats.block_tables, bucket, seats, lens)
+        tables = StepTables(row_slots, self._seats.block_tables, bucket, seats, lens, arrivals=self._arrivals)
         logits = self._logits({"input_ids": known[None]}, positions, 0, tables)
         sampled = torch.empty_like(seats)
         temperatures = rows[5].view(torch.float64)
@@ -152,7 +173,41 @@ class GpuRunner:
         sample_rows(logits, temperatures, keys, seats, self._seats.last_tokens, sampled)
         return logits, sampled
 
-    # --- steps with prefill ---
+    # --- steps with short prefills, in fixed shapes ---
+
+    def _shape_of(self, chunks: list[Chunk]) -> MixedShape | None:
+        """The shape for a step that a graph may hold: a fused decoder's, whose padding touches no row."""
+        if not self._keeps_rows or any(shows_image(chunk) for chunk in chunks):
+            return None
+        return shape_of(chunks, self._tile_rows)
+
+    def _pack_mixed(self, shape: MixedShape, chunks: list[Chunk], seats: list[int]) -> torch.Tensor:
+        host = torch.empty(shape.num_numbers, dtype=torch.int64, pin_memory=self._is_cuda)
+        pack(shape, chunks, seats, self._seats.spare, self.cache.block_size, host.numpy())
+        return host
+
+    def _padded_forward(self, inputs: torch.Tensor, shape: MixedShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [shape.num_kept, vocab] and tokens [shape.num_kept]. It can be captured."""
+        of = {name: inputs[place] for name, place in shape.fields.items()}
+        spans = ("first_rows", "span_rows", "span_lens", "span_seats", "tile_spans", "tile_offsets")
+        tables = StepTables(
+            of["slots"],
+            self._seats.block_tables,
+            shape.num_decodes,
+            of["decode_seats"],
+            of["decode_lens"],
+            ExtendSpans(*(of[name] for name in spans)),
+            sampled=SampledRows(of["kept_rows"], of["kept_seats"], of["kept_lens"]),
+            arrivals=self._arrivals,
+        )
+        known = torch.where(of["tokens"] >= 0, of["tokens"], self._seats.last_tokens[of["token_seats"]])
+        logits = self._logits({"input_ids": known[None]}, of["positions"], 0, tables)
+        sampled = torch.empty_like(of["sample_seats"])
+        temperatures, keys = of["temperatures"].view(torch.float64), of["keys"].view(-1, 2)
+        sample_rows(logits, temperatures, keys, of["sample_seats"], self._seats.last_tokens, sampled)
+        return logits, sampled
+
+    # --- other steps with prefill ---
 
     def _mixed_forward(self, chunks: list[Chunk], seats: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         packer = Packer()
@@ -169,7 +224,10 @@ class GpuRunner:
         packer.add("slots", np.concatenate([slots(chunk, self.cache.block_size) for chunk in chunks]))
         packer.add("lens", [context_len(chunk) for chunk in chunks])
         packer.add("seats", seats)
-        packer.add("sample_rows", [last_rows[index] for index in samples] or last_rows[:1])
+        kept = samples or [0]  # a model gives one row of logits at least
+        packer.add("kept_rows", [last_rows[index] for index in kept])
+        packer.add("kept_seats", [seats[index] for index in kept])
+        packer.add("kept_lens", [context_len(chunks[index]) for index in kept])
         packer.add("sample_seats", [seats[index] for index in samples])
         packer.add("temperatures", temperature_bits(sequences))
         packer.add("keys", noise_keys(sequences))
@@ -188,10 +246,12 @@ class GpuRunner:
             _spans(of, "all") if num_decodes < len(chunks) else None,
             tuple(slice(last_rows[i] + 1 - chunks[i].num_tokens, last_rows[i] + 1) for i in fresh),
             _spans(of, "paged") if fresh and len(fresh) < len(chunks) - num_decodes else None,
+            SampledRows(of("kept_rows"), of("kept_seats"), of("kept_lens")) if self._keeps_rows else None,
+            self._arrivals,
         )
         known = torch.where(of("tokens") >= 0, of("tokens"), self._seats.last_tokens[of("token_seats")])
         rows = model_inputs(self._embedder, known, chunks)
-        logits = self._logits(rows, of("positions"), of("sample_rows"), tables)
+        logits = self._logits(rows, of("positions"), 0 if self._keeps_rows else of("kept_rows"), tables)
         sampled = torch.empty(len(samples), dtype=torch.int64, device=self.device)
         if samples:
             temperatures = of("temperatures").view(torch.float64)
@@ -249,18 +309,24 @@ class GpuRunner:
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _collect(
-        self, logits: torch.Tensor, sampled: torch.Tensor, pairs: list[tuple[Sequence, int]]
+        self,
+        logits: torch.Tensor,
+        sampled: torch.Tensor,
+        pairs: list[tuple[Sequence, int]],  # each sequence that samples, and its seat
+        rows: list[int],  # where each stands in logits and sampled
     ) -> Callable[[], list[SampledToken]]:
         """Starts the way back of the tokens; rows that need more than a plain draw are sampled at once."""
         special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_plain]
-        redrawn = sample(logits[special], [pairs[row][0] for row in special]) if special else []
+        redrawn = []
+        if special:
+            redrawn = sample(logits[[rows[row] for row in special]], [pairs[row][0] for row in special])
         if redrawn:
             self._note_drawn([pairs[row][0] for row in special], redrawn)
             last = torch.tensor([token.token_id for token in redrawn], device=self.device)
             places = torch.tensor([pairs[row][1] for row in special], device=self.device)
             self._seats.last_tokens[places] = last
-        host = torch.empty(len(pairs), dtype=torch.int64, pin_memory=self._is_cuda)
-        host.copy_(sampled[: len(pairs)], non_blocking=True)
+        host = torch.empty(sampled.shape, dtype=torch.int64, pin_memory=self._is_cuda)
+        host.copy_(sampled, non_blocking=True)
         done = torch.cuda.Event() if self._is_cuda else None
         if done is not None:
             done.record()
@@ -268,7 +334,8 @@ class GpuRunner:
         def read() -> list[SampledToken]:
             if done is not None:
                 done.synchronize()
-            tokens = [_token(token_id) for token_id in host.tolist()]
+            token_ids = host.tolist()
+            tokens = [_token(token_ids[row]) for row in rows]
             for row, token in zip(special, redrawn, strict=True):
                 tokens[row] = token
             return tokens

@@ -10,12 +10,12 @@ from functools import cache
 
 import torch
 import triton
-from triton.language import constexpr
+import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_previous(PDL: constexpr):
+def wait_for_previous(PDL: tl.constexpr):
     """From here on everything that the kernels before have written can be read."""
     if PDL:
         gdc_launch_dependents()
@@ -24,5 +24,5 @@ def wait_for_previous(PDL: constexpr):
 
 @cache
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether this GPU knows programmatic dependent launch."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether this is a GPU that knows programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

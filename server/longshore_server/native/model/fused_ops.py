@@ -68,7 +68,7 @@ def split_qkv(
     num_kv_heads: int,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None,  # q and k weight [head_dim], eps
     *,
-    target: KVTarget | None = None,  # on CUDA only: keys and values go there as well
+    target: KVTarget | None = None,  # keys and values go there as well
     keep_rows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value [tokens, heads, head_dim]; query and key normed and rotated, in cos's dtype.
@@ -84,7 +84,20 @@ def split_qkv(
     if norms is not None:
         query = _rms_norm(query, norms[0], norms[2])
         key = _rms_norm(key, norms[1], norms[2])
-    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    if target is not None:
+        _write(key, target.keys, target.scales.key, target.slots)
+        _write(value, target.values, target.scales.value, target.slots)
+    return (query, key, value) if keep_rows else (query, key[:0], value[:0])
+
+
+def _write(rows: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor) -> None:
+    """Rows [tokens, heads, dim] to their slots, in an FP8 cache divided by each head's scale."""
+    if pages.dtype == fp8.FP8_DTYPE:
+        rows = (rows.float() / scales[:, None]).clamp(-fp8.FP8_MAX, fp8.FP8_MAX)
+    has_slot = slots >= 0
+    flat = pages.view(-1, *pages.shape[2:])
+    flat[slots[has_slot]] = rows[has_slot].to(pages.dtype)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -183,16 +183,9 @@ class RowParallelProduct(nn.Module):
     def takes_fp8(self) -> bool:  # type: ignore[override]
         return self.inner.takes_fp8
 
-    @property
-    def weight(self) -> torch.Tensor | None:  # type: ignore[override]
-        return self.inner.weight
-
     def forward(self, rows: Rows) -> ScaledOutput:
         output = self._links.add_up(multiply_out(self.inner(rows), self._dtype))
         return ScaledOutput(output if self.bias is None else output + self.bias)
-
-    def in_halves(self, rows: Rows) -> tuple[ScaledOutput, torch.Tensor | None]:
-        return self(rows), None
 
 
 def multiply_out(product: ScaledOutput, dtype: torch.dtype) -> torch.Tensor:
