@@ -22,6 +22,10 @@ class Ceilings:
     gemm_flops_per_s: float
     gemm: str
 
+    def of_devices(self, count: int) -> Ceilings:
+        """What so many such devices could do together."""
+        return Ceilings(count * self.copy_bytes_per_s, count * self.gemm_flops_per_s, self.gemm)
+
 
 @torch.inference_mode()
 def measure_ceilings(device: str, dtype: torch.dtype, *, quantization: str) -> Ceilings:

@@ -142,6 +142,8 @@ def _limits(arguments: argparse.Namespace, config: EngineConfig, head: dict[str,
     quantization, kv_cache_dtype = arguments.quantization or "", arguments.kv_cache_dtype or ""
     cost = model_cost(config.model, dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
     ceilings = measure_ceilings(config.device, dtype, quantization=quantization)
+    if config.device == "cuda" and config.placement == "tensor_parallel":  # a GPU for each rank, all alike
+        ceilings = ceilings.of_devices(config.tensor_parallel_size)
     head["ceilings"] = dataclasses.asdict(ceilings)
     _say(
         f"ceilings: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
