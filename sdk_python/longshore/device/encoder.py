@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_KEPT_BYTES = 32 * 1024 * 1024
+MOST_OF_BUDGET = 2.5
+
+Encoded = tuple[
+    int, float, float
+]  # number of the picture in its prompt, milliseconds of decoding, of encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,8 @@ class PictureEncoder:
         rows: NDArray[np.float32] = self._session.run(["image_features"], {"pixel_values": planes[None]})[0]
         return rows
 
-    def rows(self, image: JobImage) -> tuple[NDArray[np.float32], float | None]:
-        """The picture's rows, and the milliseconds that encoding it took; None where they were still there.
+    def rows(self, image: JobImage) -> tuple[NDArray[np.float32], tuple[float, float] | None]:
+        """The picture's rows, and the milliseconds of decoding and encoding; None where they were kept.
 
         Raises InvalidImageError for what can't be decoded, BundleIncompatibleError for rows of another shape.
         """
@@ -85,11 +90,14 @@ class PictureEncoder:
             self._kept.move_to_end(image.key)
             return known, None
         begin_s = time.perf_counter()
-        rows = self.encode(pixel_values(image.data, image.width_px, image.height_px))
+        planes = pixel_values(image.data, image.width_px, image.height_px)
+        decoded_s = time.perf_counter()
+        rows = self.encode(planes)
         if rows.shape != (image.num_tokens, self._hidden_size):
             raise BundleIncompatibleError(f"the encoder gave {rows.shape} for {image.num_tokens} tokens")
+        encode_ms = (time.perf_counter() - decoded_s) * 1e3
         self._keep(image.key, rows)
-        return rows, (time.perf_counter() - begin_s) * 1e3
+        return rows, ((decoded_s - begin_s) * 1e3, encode_ms)
 
     def _keep(self, key: int, rows: NDArray[np.float32]) -> None:
         self._kept[key] = rows
@@ -116,7 +124,7 @@ class PromptPictures:
     def __init__(self, images: Sequence[JobImage], encoder: PictureEncoder | None) -> None:
         self._images = images
         self._encoder = encoder
-        self._encoded: list[tuple[int, float]] = []
+        self._encoded: list[Encoded] = []
 
     def rows(self, first: int, num_rows: int, is_cancelled: Callable[[], bool]) -> NDArray[np.float32] | None:
         """Rows [num_rows, hidden] of all the prompt's image tokens from `first` on; None if cancelled."""
@@ -124,25 +132,25 @@ class PromptPictures:
 
         parts: list[NDArray[np.float32]] = []
         begin = 0
-        for image in self._images:
+        for index, image in enumerate(self._images):
             end = begin + image.num_tokens
             if begin < first + num_rows and end > first:
                 if is_cancelled():
                     return None
-                parts.append(self._of(image)[max(0, first - begin) : first + num_rows - begin])
+                parts.append(self._of(index, image)[max(0, first - begin) : first + num_rows - begin])
             begin = end
         return np.concatenate(parts)
 
-    def take_encoded(self) -> tuple[tuple[int, float], ...]:
-        """(pixels, milliseconds) of what was encoded since this was asked last."""
+    def take_encoded(self) -> tuple[Encoded, ...]:
+        """What was encoded since this was asked last."""
         encoded, self._encoded = tuple(self._encoded), []
         return encoded
 
-    def _of(self, image: JobImage) -> NDArray[np.float32]:
+    def _of(self, index: int, image: JobImage) -> NDArray[np.float32]:
         assert self._encoder is not None
-        rows, encode_ms = self._encoder.rows(image)
-        if encode_ms is not None:
-            self._encoded.append((image.width_px * image.height_px, encode_ms))
+        rows, times_ms = self._encoder.rows(image)
+        if times_ms is not None:
+            self._encoded.append((index, *times_ms))
         return rows
 
 
@@ -154,14 +162,16 @@ def measure_encoder(
 ) -> tuple[int, float, int, float]:
     """(pixels, milliseconds) at the smallest of `sizes` and at a larger one, after a run that does not count.
 
-    The larger one is the largest that, by its pixels, takes no more than half the budget; at least the next.
+    The larger one is the largest that, by its pixels, takes two and a half budgets at most, and at least the
+    next: attention makes time grow faster than pixels, so a line drawn too short would promise too much.
     """
     by_size = sorted(sizes, key=lambda size: size[0] * size[1])
     small = by_size[0]
     run(*small)  # the first run allocates and is no measure
     small_s = _median_s(run, small, budget_s / 2)
     pixels = small[0] * small[1]
-    affordable = [size for size in by_size if size[0] * size[1] / pixels * small_s <= budget_s / 2]
+    most_s = MOST_OF_BUDGET * budget_s
+    affordable = [size for size in by_size if size[0] * size[1] / pixels * small_s <= most_s]
     large = max(affordable[-1:] + by_size[1:2] or [small], key=lambda size: size[0] * size[1])
     large_s = small_s if large == small else _median_s(run, large, 0.0)
     return pixels, small_s * 1e3, large[0] * large[1], large_s * 1e3

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from longshore.device.encoder import JobImage, PictureEncoder, PromptPictures, position_keys
+from longshore.device.encoder import Encoded, JobImage, PictureEncoder, PromptPictures, position_keys
 from longshore.device.sampling import SampledToken, Sampler, SamplingSettings
 from longshore.device.speculate import DraftLength, Proposer
 
@@ -54,14 +54,14 @@ class Job:
 class GeneratedToken:
     """A token with its index in the answer, and why it is the last, if it is.
 
-    `encoded` are (pixels, milliseconds) of the pictures that were encoded for it.
+    `encoded` are the pictures that were encoded for it.
     """
 
     sampled: SampledToken
     offset: int
     ending: Ending | None
     num_cached: int  # prompt tokens that were found in the cache
-    encoded: tuple[tuple[int, float], ...] = ()
+    encoded: tuple[Encoded, ...] = ()
 
 
 class Generator:

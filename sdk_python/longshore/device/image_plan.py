@@ -48,11 +48,15 @@ class KeptSizes:
 
 @dataclass(frozen=True, slots=True)
 class ImagePolicy:
-    """What the choice of sizes goes by: measured speed, the time for all of a prompt, earlier sizes."""
+    """What the choice of sizes goes by: measured speed, the time for all of a prompt, earlier sizes.
+
+    `decode_ms_per_pixel` is what opening a file takes, whatever size it is read at.
+    """
 
     calibration: VisionCalibration
     budget_ms: float
     kept: KeptSizes
+    decode_ms_per_pixel: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class PlannedImage:
 
     data: bytes = field(repr=False)
     digest: str
+    num_pixels: int  # of the file
     use: ImageUse
 
     def job(self) -> dict[str, Any]:
@@ -90,17 +95,19 @@ def plan_images(
             raise BodyTooLargeError(f"the pictures are over {MAX_IMAGES_BYTES} bytes", param="messages")
         digest = hashlib.sha256(data).hexdigest()
         room = _room(request, manifest, num_text_tokens) / len(found)
+        decode_ms = policy.decode_ms_per_pixel * size[0] * size[1]
+        budget_ms = policy.budget_ms / len(found) - decode_ms
         choice = choose(
             manifest.vision_buckets,
             *size,
             detail=image.detail,
             calibration=policy.calibration,
             num_text_tokens=num_text_tokens / len(found),
-            budget_ms=policy.budget_ms / len(found),
+            budget_ms=budget_ms,
             room_tokens=room,
         )
-        use = _kept(digest, choice, manifest, policy, room, policy.budget_ms / len(found)) or _use(choice)
-        planned.append(PlannedImage(data, digest, use))
+        use = _kept(digest, choice, manifest, policy, room, budget_ms) or _use(choice, decode_ms)
+        planned.append(PlannedImage(data, digest, size[0] * size[1], use))
     return tuple(planned)
 
 
@@ -143,9 +150,9 @@ def _kept(
     return None
 
 
-def _use(choice: Choice) -> ImageUse:
+def _use(choice: Choice, decode_ms: float) -> ImageUse:
     bucket = choice.bucket
-    predicted_ms = None if choice.predicted_ms is None else _told(choice.predicted_ms)
+    predicted_ms = None if choice.predicted_ms is None else _told(choice.predicted_ms + decode_ms)
     return ImageUse(bucket.width_px, bucket.height_px, bucket.num_tokens, choice.why, predicted_ms)
 
 

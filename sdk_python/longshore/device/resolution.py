@@ -17,6 +17,7 @@ Detail = Literal["auto", "low", "high"]
 # What one core is taken for before anything was measured: about that of a phone of 2022.
 _PRIOR_ENCODE_MS_PER_PIXEL = 2e-3
 _PRIOR_PREFILL_TOKENS_PER_S = 1000.0
+PRIOR_DECODE_MS_PER_PIXEL = 2e-5
 _PRIOR_SMALL_PIXELS, _PRIOR_LARGE_PIXELS = 64 * 64, 256 * 256
 _MOST_USEFUL_CORES = 8
 # A new measurement moves the figures by a quarter of the way, and no single one by more than threefold.
@@ -49,13 +50,18 @@ class VisionCalibration:
 
     def refined(self, pixels: int, encode_ms: float) -> VisionCalibration:
         """The figures after one more picture was encoded, in so many milliseconds."""
-        ratio = encode_ms / max(self.encode_ms(pixels), 1e-6)
-        factor = 1 + _WEIGHT * (min(max(ratio, 1 / _MOST_OFF), _MOST_OFF) - 1)
+        factor = moved(1.0, encode_ms / max(self.encode_ms(pixels), 1e-6))
         return replace(
             self,
             small_encode_ms=self.small_encode_ms * factor,
             large_encode_ms=self.large_encode_ms * factor,
         )
+
+
+def moved(before: float, measured: float) -> float:
+    """A quarter of the way from a figure to a measurement of it, which counts as at most threefold off."""
+    bounded = min(max(measured, before / _MOST_OFF), before * _MOST_OFF)
+    return before + _WEIGHT * (bounded - before)
 
 
 def device_score(num_cores: int, num_threads: int) -> float:

@@ -22,10 +22,17 @@ from longshore.device.answer import AnswerWriter
 from longshore.device.calibrate import Calibration
 from longshore.device.call import Call
 from longshore.device.draft import Draft, load_draft
+from longshore.device.encoder import Encoded
 from longshore.device.image_plan import ImagePolicy, KeptSizes
 from longshore.device.plan import ChoicePlan, Plan, make_plan, read_prompts
 from longshore.device.process import Channel, ModelProcess
-from longshore.device.resolution import VisionCalibration, device_score, prior_calibration
+from longshore.device.resolution import (
+    PRIOR_DECODE_MS_PER_PIXEL,
+    VisionCalibration,
+    device_score,
+    moved,
+    prior_calibration,
+)
 from longshore.device.settings import DeviceSettings
 from longshore.device.text import StudentText
 from longshore.device.turn import Turnstile
@@ -61,6 +68,7 @@ class Student:
         self._text: StudentText | None = None
         self._draft: Draft | None = None
         self._kept_sizes = KeptSizes()
+        self._decode_ms_per_pixel = PRIOR_DECODE_MS_PER_PIXEL
         self._is_closed = False
 
     # --- what routing looks at ---
@@ -199,7 +207,7 @@ class Student:
         budget_ms = self._settings.image_budget_ms
         if deadline_s is not None:
             budget_ms = min(budget_ms, max(0.0, (deadline_s - time.monotonic()) * 1e3 / 2))
-        return ImagePolicy(self.vision_calibration, budget_ms, self._kept_sizes)
+        return ImagePolicy(self.vision_calibration, budget_ms, self._kept_sizes, self._decode_ms_per_pixel)
 
     def _events(self, call: Call, writer: AnswerWriter) -> Generator[AnswerEvent, None, None]:
         try:
@@ -232,7 +240,7 @@ class Student:
         process, channel = self._submit(call, writer, choice)
         while True:
             frame = call.next_frame(process, channel)
-            self._learn(frame.get("encoded", ()))
+            self._learn(writer.plan, frame.get("encoded", ()))
             event = writer.token(choice, detokenizer, frame)
             if event is not None:
                 call.count_token()
@@ -259,12 +267,13 @@ class Student:
         call.attach(process, channel)
         return process, channel
 
-    def _learn(self, encoded: Sequence[tuple[int, float]]) -> None:
-        """Take in how long pictures took: (pixels, milliseconds) of each."""
-        for pixels, encode_ms in encoded:
-            calibration = self._calibration
+    def _learn(self, plan: Plan, encoded: Sequence[Encoded]) -> None:
+        """Take in how long pictures took."""
+        for index, decode_ms, encode_ms in encoded:
+            image, calibration = plan.images[index], self._calibration
+            self._decode_ms_per_pixel = moved(self._decode_ms_per_pixel, decode_ms / image.num_pixels)
             if calibration is not None and calibration.vision is not None:
-                vision = calibration.vision.refined(pixels, encode_ms)
+                vision = calibration.vision.refined(image.use.width_px * image.use.height_px, encode_ms)
                 self._calibration = dataclasses.replace(calibration, vision=vision)
 
     # --- the process ---
@@ -333,12 +342,10 @@ class Student:
 def _choose_variant(manifest: Manifest, name: str | None) -> Variant:
     """The graph to run: the one of that name, else the first that this runtime can run."""
     for variant in manifest.variants:
-        if variant.name == name or (name is None and variant.graph == "built"):
+        if name in (None, variant.name):
             return variant
     known = ", ".join(variant.name for variant in manifest.variants)
-    raise BundleIncompatibleError(
-        f"bundle {manifest.name} has no variant {name or 'built here'}; it has {known}"
-    )
+    raise BundleIncompatibleError(f"bundle {manifest.name} has no variant {name or 'at all'}; it has {known}")
 
 
 def _onnxruntime_version() -> str:

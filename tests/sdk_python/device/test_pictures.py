@@ -269,12 +269,11 @@ def test_many_pictures_share_the_context(seeing: Student) -> None:
 
 def test_a_picture_once_read_large_stays_so(vision_dir: Path) -> None:
     with Student(vision_dir, settings=DeviceSettings(**SETTINGS)) as student:
-        first = images_of(list(student.stream(ask(shown(picture(1)), said("?")))))[0]
+        request = ask(shown(picture(1)), said("?"))
+        first = images_of(list(student.stream(request)))[0]
         assert first.why == "full"
-        slow = student.calibration
-        assert slow is not None and slow.vision is not None
         # Encoding has become dear: a new picture is read smaller, the known one needs no encoding.
-        student._learn([(96 * 96, 1e9)] * 40)
+        student._learn(student._plan(request, Call(None)), [(0, 1.0, 1e9)] * 40)
         kept = images_of(list(student.stream(ask(shown(picture(1)), said("And now?")))))[0]
         assert (kept.width_px, kept.why) == (96, "kept")
         other = images_of(list(student.stream(ask(shown(picture(2)), said("And now?")))))[0]
@@ -302,7 +301,7 @@ def test_calibration_takes_the_two_sizes_that_the_budget_has() -> None:
     sizes = [(64, 64), (16, 16), (32, 32), (256, 256)]
     small_pixels, small_ms, large_pixels, large_ms = measure_encoder(run, sizes, 0.02)
     assert small_pixels == 256 and large_pixels in (1024, 4096) and 0 < small_ms < large_ms
-    assert (256, 256) not in asked  # 65 ms
+    assert (256, 256) not in asked  # 65 ms, and two and a half budgets are 50
     assert measure_encoder(run, sizes, 1.0)[2] == 256 * 256
     assert measure_encoder(run, sizes, 0.0)[2] == 1024
     assert measure_encoder(run, [(16, 16)], 0.01)[2] == 256
