@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from longshore.bundle import OperatorKey, TrustStore, load_bundle, sign_rotation
+from longshore.bundle import OperatorKey, TrustStore, check_runtime, load_bundle, sign_rotation
 from longshore.device import Student
 from longshore.device.image_plan import ImagePolicy, KeptSizes
 from longshore.device.plan import read_prompts
@@ -103,6 +103,7 @@ def golden(bundle: Path) -> dict[str, Any]:
             "files": {path: _base64(data) for path, data in _FILES.items()},
             "cases": [_verdict(*case) for case in _bundles()],
         },
+        "runtimes": {"cases": [_runtime(*case) for case in _RUNTIMES]},
         "rotations": {"cases": [_rotation(*case) for case in _rotations()]},
         "signatures": {"cases": [_signed(*case) for case in _signatures()]},
         "buckets": {"cases": [_bucket(*case) for case in _bucket_cases()]},
@@ -427,6 +428,34 @@ def _verdict(name: str, body: bytes, signature: str, files: Files) -> dict[str, 
         except LongshoreError as error:
             return case | {"error": error.code}
     return case | {"version": manifest.version}
+
+
+# -- oldest runtimes -------------------------------------------------------------------------
+
+_RUNTIMES = (
+    ("1.24", "1.24.0"),
+    ("1.24", "1.24"),
+    ("1.24.1", "1.24"),
+    ("1.24", "1.9.3"),
+    ("1.9", "1.24.0"),
+    ("1.30.0", "1.30.0-dev.20260101-abc"),
+    ("1.30.1", "1.30.0-dev.20260101-abc"),
+    ("2", "1.99.99"),
+    ("1", "2.0.0"),
+    ("1.24.0.7", "1.24.0"),
+    ("1.24", ""),
+)
+
+
+def _runtime(need: str, have: str) -> dict[str, Any]:
+    """Does a runtime of version `have` do for a bundle that needs `need`?"""
+    manifest = replace(_manifest(), min_onnxruntime=need)
+    case = {"name": f"{need} on {have}", "manifest": _base64(dump_json(encode(manifest))), "have": have}
+    try:
+        check_runtime(manifest, have)
+    except LongshoreError as error:
+        return case | {"error": error.code}
+    return case | {"error": None}
 
 
 # -- rotation of keys --------------------------------------------------------------------------

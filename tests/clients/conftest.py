@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clients.runtimes import ROOT
+from clients.runtimes import BROWSER, ROOT, lack, need, need_node_packages
+from longshore.bundle import OperatorKey, read_manifest, sign_rotation, write_manifest
 from longshore.device import Student
 from longshore.signing import PrivateKey
+from longshore.tier_process import TierProcess
 from longshore.wire import FinishEvent, Manifest, TokenEvent, decode_chat_request
 from longshore_export.bundle import SigningKey, export_student
 from shop.chat import messages as shop_messages
@@ -18,10 +28,22 @@ from shop.sheet import make_sheet, split_rng
 
 KEY_ID = "operator-1"
 KEY = PrivateKey("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8")
+NEXT_KEY_ID, NEXT_KEY = "operator-2", PrivateKey.generate()
+API_KEY = "test-key"
+INT8_NAME = "shop-student-int8"
 NUM_TOKENS = 16
 STUDENT = ROOT / "examples" / "models" / "shop-student"
+_STDLIB = Path("/usr/share/java/kotlin-stdlib.jar")  # where Debian's package has it
 
 Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Harbour:
+    """An edge, and the browser example's page that asks it."""
+
+    page_url: str
+    edge_url: str
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +55,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 @pytest.fixture(scope="session")
 def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """The same in dynamic int8, which is the one for browsers."""
-    return _export(tmp_path_factory, "int8", "shop-student-int8")
+    return _export(tmp_path_factory, "int8", INT8_NAME)
 
 
 def _export(factory: pytest.TempPathFactory, variant: str, name: str) -> tuple[Path, Manifest]:
@@ -83,3 +105,79 @@ def _ids(student: Student, chat: Chat) -> list[int]:
     ids = [event.mark.token_id for event in events if isinstance(event, TokenEvent)]
     is_ended = any(isinstance(event, FinishEvent) and event.finish_reason == "stop" for event in events)
     return ids + list(student.manifest.eos_token_ids[:1]) * is_ended  # the end is told by no token event
+
+
+@contextmanager
+def page_server(config: Path) -> Iterator[str]:
+    command = [need_node_packages(), str(BROWSER / "serve.mjs"), "--port", "0", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.kill()
+        process.wait(5)
+        process.stdout.close()
+
+
+def rotated(source: Path, folder: Path) -> list[Path]:
+    """The bundle twice more, signed by the next key: with the statement that introduces it, and without."""
+    chain = (sign_rotation(KEY_ID, KEY, OperatorKey(NEXT_KEY_ID, NEXT_KEY.public_key.text)),)
+    found = []
+    for name, statements in (("next", chain), ("bare", ())):
+        path = Path(shutil.copytree(source, folder / name))
+        write_manifest(
+            path,
+            replace(read_manifest(path), name=name, key_chain=statements),
+            SigningKey(NEXT_KEY_ID, NEXT_KEY),
+        )
+        found.append(path)
+    return found
+
+
+@pytest.fixture(scope="session")
+def harbour(
+    bundle: tuple[Path, Manifest],
+    int8_bundle: tuple[Path, Manifest],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Harbour]:
+    """An edge whose only model is the student in fp32; it hands out that bundle, and the page's in int8."""
+    folder = tmp_path_factory.mktemp("site")
+    config = folder / "config.json"
+    with page_server(config) as url:
+        digest = hashlib.sha256(API_KEY.encode()).hexdigest()
+        (folder / "edge.toml").write_text(
+            f'node = "harbour"\nport = 0\nallowed_origins = ["{url.rstrip("/")}"]\n'
+            f'student_bundle = "{bundle[0]}"\n'
+            f'[[keys]]\ntenant = "page"\nkey_sha256 = "{digest}"\n'
+            + "".join(
+                f'[[bundles]]\npath = "{path}"\n'
+                for path in (bundle[0], int8_bundle[0], *rotated(int8_bundle[0], folder))
+            )
+        )
+        with TierProcess(["edge", "--config", str(folder / "edge.toml")], start_timeout_s=60) as edge:
+            settings = json.loads((BROWSER / "config.json").read_text())
+            settings |= {
+                "edge_url": edge.url,
+                "bundle": INT8_NAME,
+                "trusted_keys": {KEY_ID: KEY.public_key.text},
+            }
+            config.write_text(json.dumps(settings))
+            yield Harbour(url, edge.url)
+
+
+@pytest.fixture(scope="session")
+def kotlin_core(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The Android example's core and test programs, compiled: a java command that lacks the program's name."""
+    java, kotlinc = need("java"), need("kotlinc")
+    if not _STDLIB.exists():
+        lack(f"{_STDLIB} is not there")
+    jar = tmp_path_factory.mktemp("kotlin") / "core.jar"
+    sources = sorted(map(str, (ROOT / "examples" / "android" / "core" / "src").rglob("*.kt")))
+    options = ["-jvm-target", "1.8", "-no-reflect", "-d", str(jar)]
+    environment = os.environ | {"JAVA_OPTS": "-Xmx512m -XX:TieredStopAtLevel=1"}
+    compiled = subprocess.run(
+        [kotlinc, *options, *sources], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert compiled.returncode == 0, compiled.stderr[-3000:]
+    return [java, "-XX:TieredStopAtLevel=1", "-cp", f"{jar}:{_STDLIB}"]

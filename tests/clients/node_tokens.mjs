@@ -5,6 +5,7 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import { Tokenizer } from "../../examples/browser/client/tokenizer.mjs";
 import { checkManifest } from "../../examples/browser/client/bundle.mjs";
+import { checkRuntime, readManifest } from "../../examples/browser/client/manifest.mjs";
 import { TrustStore } from "../../examples/browser/client/trust.mjs";
 import { encodeChat } from "../../examples/browser/client/prompt.mjs";
 import { chooseVariant, Student } from "../../examples/browser/client/student.mjs";
@@ -33,6 +34,11 @@ async function vectors() {
           const body = await checkManifest(bytes(manifest), Buffer.from(signature), trust, Date.now() / 1000);
           return body.version;
         }),
+      ),
+    ),
+    runtimes: await Promise.all(
+      job.runtimes.map(({ manifest, have }) =>
+        refusal(async () => checkRuntime(readManifest(bytes(manifest)), have) ?? null),
       ),
     ),
     rotations: await Promise.all(job.rotations.map(rotation)),

@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from clients.conftest import KEY, KEY_ID, NUM_TOKENS, Chat
-from clients.runtimes import BROWSER, need_node_packages, run_browser
-from longshore.bundle import OperatorKey, SigningKey, read_manifest, sign_rotation, write_manifest
+from clients.conftest import INT8_NAME, KEY, KEY_ID, NEXT_KEY_ID, NUM_TOKENS, Chat, Harbour
+from clients.runtimes import run_browser
 from longshore.signing import PrivateKey
-from longshore.tier_process import TierProcess
-from longshore.wire import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-BUNDLE = "shop-student-int8"
-API_KEY = "test-key"
-NEXT_KEY_ID, NEXT_KEY = "operator-2", PrivateKey.generate()
+BUNDLE = INT8_NAME
 SHEET = "The lamp is red. The lamp costs $7. There are 12 lamps in stock."
 
 
-@contextmanager
-def page_server(config: Path) -> Iterator[str]:
-    command = [need_node_packages(), str(BROWSER / "serve.mjs"), "--port", "0", "--config", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().split()[-1]
-    finally:
-        process.kill()
-        process.wait(5)
-        process.stdout.close()
-
-
-def rotated(source: Path, folder: Path) -> list[Path]:
-    """The bundle twice more, signed by the next key: with the statement that introduces it, and without."""
-    chain = (sign_rotation(KEY_ID, KEY, OperatorKey(NEXT_KEY_ID, NEXT_KEY.public_key.text)),)
-    found = []
-    for name, statements in (("next", chain), ("bare", ())):
-        path = Path(shutil.copytree(source, folder / name))
-        write_manifest(
-            path,
-            replace(read_manifest(path), name=name, key_chain=statements),
-            SigningKey(NEXT_KEY_ID, NEXT_KEY),
-        )
-        found.append(path)
-    return found
-
-
-@pytest.fixture(scope="module")
-def site(
-    bundle: tuple[Path, Manifest],
-    int8_bundle: tuple[Path, Manifest],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[str]:
-    """An edge whose only model is the student in fp32; it hands out that bundle, and the page's in int8."""
-    folder = tmp_path_factory.mktemp("site")
-    config = folder / "config.json"
-    with page_server(config) as url:
-        digest = hashlib.sha256(API_KEY.encode()).hexdigest()
-        (folder / "edge.toml").write_text(
-            f'node = "harbour"\nport = 0\nallowed_origins = ["{url.rstrip("/")}"]\n'
-            f'student_bundle = "{bundle[0]}"\n'
-            f'[[keys]]\ntenant = "page"\nkey_sha256 = "{digest}"\n'
-            + "".join(
-                f'[[bundles]]\npath = "{path}"\n'
-                for path in (bundle[0], int8_bundle[0], *rotated(int8_bundle[0], folder))
-            )
-        )
-        with TierProcess(["edge", "--config", str(folder / "edge.toml")], start_timeout_s=60) as edge:
-            settings = json.loads((BROWSER / "config.json").read_text())
-            settings |= {
-                "edge_url": edge.url,
-                "bundle": BUNDLE,
-                "trusted_keys": {KEY_ID: KEY.public_key.text},
-            }
-            config.write_text(json.dumps(settings))
-            yield url
+@pytest.fixture
+def site(harbour: Harbour) -> str:
+    return harbour.page_url
 
 
 def test_the_page_answers_on_the_device_and_falls_back(site: str, tmp_path: Path) -> None:

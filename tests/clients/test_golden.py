@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 import pytest
 
 from clients.conftest import STUDENT
-from clients.runtimes import ROOT, lack, need, run_node
+from clients.runtimes import ROOT, run_node
 from longshore.wire import Manifest
 
 ANDROID = ROOT / "examples" / "android"
 GOLDEN = ANDROID / "golden"
-_STDLIB = Path("/usr/share/java/kotlin-stdlib.jar")  # where Debian's package has it
 
 
 @cache
@@ -56,28 +54,16 @@ def test_the_vectors_refuse_and_accept() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_kotlin_reproduces_them(tmp_path: Path) -> None:
-    java, kotlinc = need("java"), need("kotlinc")
-    if not _STDLIB.exists():
-        lack(f"{_STDLIB} is not there")
-    jar = tmp_path / "core.jar"
-    sources = sorted(map(str, (ANDROID / "core" / "src").rglob("*.kt")))
-    options = ["-jvm-target", "1.8", "-no-reflect", "-d", str(jar)]
-    environment = os.environ | {"JAVA_OPTS": "-Xmx512m -XX:TieredStopAtLevel=1"}
-    compiled = subprocess.run(
-        [kotlinc, *options, *sources], capture_output=True, text=True, timeout=200, env=environment
-    )
-    assert compiled.returncode == 0, compiled.stderr[-3000:]
-    command = [java, "-cp", f"{jar}:{_STDLIB}", "longshore.core.GoldenVectorsKt", str(GOLDEN)]
-    ran = subprocess.run(
-        [*command, str(STUDENT / "tokenizer.json")], capture_output=True, text=True, timeout=60
-    )
+def test_kotlin_reproduces_them(kotlin_core: list[str]) -> None:
+    command = [*kotlin_core, "longshore.core.GoldenVectorsKt", str(GOLDEN), str(STUDENT / "tokenizer.json")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     for name in (
         "tokenizer",
         "template",
         "pictures",
         "bundles",
+        "runtimes",
         "rotations",
         "signatures",
         "buckets",
@@ -101,6 +87,7 @@ def test_javascript_reproduces_them() -> None:
             "chats": [case["messages"] for case in load("template")["cases"]],
             "trusted": load("bundles")["trusted"],
             "bundles": [{key: case[key] for key in ("manifest", "signature")} for case in bundles],
+            "runtimes": load("runtimes")["cases"],
             "rotations": load("rotations")["cases"],
         },
     )
@@ -111,6 +98,7 @@ def test_javascript_reproduces_them() -> None:
     assert {
         name: (verdicts[name], expected[name]) for name in verdicts if verdicts[name] != expected[name]
     } == {}
+    assert found["runtimes"] == [case["error"] for case in load("runtimes")["cases"]]
     for case, rotation in zip(load("rotations")["cases"], found["rotations"], strict=True):
         verdict = case.get("key", case.get("error"))
         wanted = {"known": case["known"], "key": verdict, "keptKey": verdict}

@@ -1,6 +1,6 @@
 /** The manifest of a bundle: plain data, every field checked. Files and signatures are bundle.mjs's. */
 
-import { damaged } from "./errors.mjs";
+import { damaged, incompatible } from "./errors.mjs";
 import { formed, list, must, named, object, readJson, table, text, whole } from "./fields.mjs";
 import { MAX_STATEMENT_CHARS } from "./trust.mjs";
 
@@ -124,5 +124,15 @@ function checkPaths(manifest) {
   const encoders = manifest.vision ? [manifest.vision.encoder_file] : [];
   for (const needed of [manifest.tokenizer_file, ...graphs, ...encoders]) {
     if (!paths.has(needed)) throw damaged(`${needed} is not listed`);
+  }
+}
+
+/** Throws bundle_incompatible where the bundle needs a newer ONNX Runtime than `version`. */
+export function checkRuntime(manifest, version) {
+  const parts = (text) => [...(text.match(/[0-9]+/g) ?? []).map(Number), 0, 0, 0].slice(0, 3);
+  const [have, need] = [parts(version), parts(manifest.min_onnxruntime)];
+  const at = have.findIndex((part, index) => part !== need[index]);
+  if (at >= 0 && have[at] < need[at]) {
+    throw incompatible(`the bundle needs ONNX Runtime ${manifest.min_onnxruntime}, not ${version}`);
   }
 }

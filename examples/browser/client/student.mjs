@@ -5,6 +5,7 @@
  */
 
 import { LongshoreError, incompatible } from "./errors.mjs";
+import { checkRuntime } from "./manifest.mjs";
 import { encodeChat } from "./prompt.mjs";
 import { Tokenizer } from "./tokenizer.mjs";
 
@@ -31,6 +32,7 @@ export class Student {
   static async open(ort, manifest, graph, tokenizer, options = {}) {
     const { kv } = manifest;
     if ((kv.dtype ?? "float32") !== "float32") throw incompatible(`the cache is ${kv.dtype}`);
+    checkRuntime(manifest, ort.env.versions.web ?? ort.env.versions.node ?? "0");
     let session;
     try {
       session = await ort.InferenceSession.create(graph, { executionProviders: ["cpu"], ...options });

@@ -21,6 +21,7 @@ private class Golden(private val folder: File, private val tokenizerFile: File) 
         check("template") { checkTemplate(it) }
         check("pictures") { checkPicture(it) }
         check("bundles") { checkBundle(it) }
+        check("runtimes") { checkRuntimeCase(it) }
         check("rotations") { checkRotation(it) }
         check("signatures") { checkSignature(it) }
         check("buckets") { checkBucket(it) }
@@ -90,6 +91,16 @@ private class Golden(private val folder: File, private val tokenizerFile: File) 
             folder.deleteRecursively()
         }
         return differing(found, case["version"] ?: case["error"])
+    }
+
+    private fun checkRuntimeCase(case: Map<*, *>): String? {
+        val found = try {
+            checkRuntime(readManifest(bytes(case["manifest"])), case["have"] as String)
+            null
+        } catch (error: LongshoreException) {
+            error.code
+        }
+        return differing(found, case["error"])
     }
 
     private fun checkRotation(case: Map<*, *>): String? {
