@@ -168,7 +168,7 @@ def harbour(
 
 @pytest.fixture(scope="session")
 def kotlin_core(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The Android example's core and test programs, compiled: a java command that lacks the program's name."""
+    """The Android example's core and test programs, compiled: a java command without the program's name."""
     java, kotlinc = need("java"), need("kotlinc")
     if not _STDLIB.exists():
         lack(f"{_STDLIB} is not there")
