@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import shutil
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
 from longshore_server.native.cpu import library as library_module
-from longshore_server.native.cpu.library import cache_folder, load_library
+from longshore_server.native.cpu import structs
+from longshore_server.native.cpu.library import cache_folder, find_compiler, is_row_invariant, load_library
 from longshore_server.native.cpu.packing import PackedMatrix
 from longshore_server.native.cpu.runner import CpuRunner
 
@@ -104,6 +106,18 @@ def test_bits_do_not_depend_on_threads_company_or_block_size(make_engine) -> Non
             assert logprobs(engine, PROMPTS) == expected
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.skipif("avx2" not in library_module._processor(), reason="no processor with two widths")
+def test_bits_do_not_depend_on_the_width_of_vectors(make_engine, monkeypatch, tmp_path) -> None:
+    """So an answer can go on to the bit on a machine with another processor."""
+    expected = logprobs(make_engine("qwen3"), PROMPTS)
+    library_module.build(find_compiler(), tmp_path / "narrow.so", "haswell")
+    library = ctypes.CDLL(str(tmp_path / "narrow.so"))
+    structs.declare(library)
+    assert is_row_invariant(library)
+    monkeypatch.setattr("longshore_server.native.startup.load_library", lambda: library)
+    assert logprobs(make_engine("qwen3"), PROMPTS) == expected
 
 
 @pytest.mark.parametrize(
@@ -219,7 +233,9 @@ def test_a_compiler_that_fails_is_survived(fresh, monkeypatch, caplog) -> None:
 def test_kernels_whose_rows_depend_on_others_are_refused(fresh, monkeypatch, tmp_path, caplog) -> None:
     """A product that rounds otherwise for one row: the check that guards the promise must see it."""
     source = library_module.SOURCE.read_text()
-    wrong = source.replace("run(packed, matrix->num_in, in,", "run(packed, matrix->num_in - (rows == 1), in,")
+    wrong = source.replace(
+        "panel_words), matrix->num_in, in,", "panel_words), matrix->num_in - (rows == 1), in,"
+    )
     assert wrong != source
     (tmp_path / "wrong.c").write_text(wrong)
     monkeypatch.setattr(library_module, "SOURCE", tmp_path / "wrong.c")

@@ -11,27 +11,43 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__FMA__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
+// Lanes of the processor's own vectors, and of what is summed side by side, which is the same everywhere.
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__FMA__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
 #define LANES 16
-#define PANEL (2 * LANES)  // columns of a matrix that are stored together
-#define MAX_VECTORS 8        // of the columns that a tile of a product has
+#define PARTS (LANES / WIDTH)
+
+#define PANEL 32          // columns of a matrix that are stored together
+#define MAX_VECTORS 8     // of the columns of a tile
+#define ROW_BLOCK 96      // rows whose inputs stay in a core's own cache while a panel is multiplied
+#define MAX_GROUP 4       // query heads of one KV head that are computed together
+#define WORDS_AHEAD 2048  // how far ahead of its use a weight is fetched
+#if WIDTH == 16
+#define MAX_ROWS 12     // of a tile
+#define KEY_TILES 4     // tiles of LANES keys that are scored together
+#define VALUE_VECTORS 4  // of a value's numbers that are summed together
+#else
+#define MAX_ROWS 6
+#define KEY_TILES 1
+#define VALUE_VECTORS 2
+#endif
+#define KEY_VECTORS (KEY_TILES * PARTS)
 #define INLINE static inline __attribute__((always_inline))
 
-#ifdef __AVX512F__  // 32 registers of a whole vector
-#define MAX_ROWS 12   // rows of a product that are computed together
-#define KEY_TILES 4   // vectors of keys that are scored together
-#define VALUE_VECTORS 4
-#else  // two or four registers to a vector
-#define MAX_ROWS 3
-#define KEY_TILES 1
-#define VALUE_VECTORS 1
-#endif
-#define ROW_BLOCK (8 * 12)  // rows whose inputs stay in a core's own cache while a panel is multiplied
-#define MAX_GROUP 4         // query heads of one KV head that are computed together
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 enum { FLOAT32, BFLOAT16 };         // how weights are stored; both are multiplied as float32
 enum { STORE, ADD, SILU_MULTIPLY };  // what becomes of a product
@@ -76,21 +92,44 @@ typedef struct {
 
 // --- vectors ---
 
+static const float LANE_NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec x) { *(vec *)to = x; }
-INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE vec splat(float x) { return x - (vec){}; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
-INLINE vec lane_numbers(void) { return (vec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
+// a * b + c in one rounding, where the processor can: compilers are not left to decide when.
+INLINE vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float fused_one(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// All of `from` and zeros behind it.
 INLINE vec load_some(const float *from, int64_t count) {
     vec x = {};
-    memcpy(&x, from, (size_t)count * sizeof(float));
+    if (count > 0) memcpy(&x, from, (size_t)(count < WIDTH ? count : WIDTH) * sizeof(float));
     return x;
 }
 
-INLINE float sum_lanes(vec x) {
+INLINE float sum_lanes(const vec parts[PARTS]) {
     float a[LANES];
-    memcpy(a, &x, sizeof a);
+    memcpy(a, parts, sizeof a);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) a[i] += a[i + width];
     return a[0];
@@ -98,7 +137,7 @@ INLINE float sum_lanes(vec x) {
 
 INLINE float max_lanes(vec x) {
     float best = x[0];
-    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
+    for (int i = 1; i < WIDTH; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
 
@@ -107,18 +146,15 @@ INLINE vec exponential(vec x) {
     const ivec is_tiny = x < splat(-87.0f);
     x = choose(x > splat(88.0f), splat(88.0f), x);
     const vec magic = splat(12582912.0f);  // 1.5 * 2^23: a sum with it has no room for fractions
-    const vec shifted = x * 1.44269504f + magic;
-    const vec n = shifted - magic;
-    vec r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vec p = splat(1.0f / 5040.0f);
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const vec shifted = fused(x, splat(1.44269504f), magic), n = shifted - magic;
+    const vec r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), x));
+    vec p = fused(splat(1.0f / 5040.0f), r, splat(1.0f / 720.0f));
+    p = fused(p, r, splat(1.0f / 120.0f));
+    p = fused(p, r, splat(1.0f / 24.0f));
+    p = fused(p, r, splat(1.0f / 6.0f));
+    p = fused(p, r, splat(0.5f));
+    p = fused(p, r, splat(1.0f));
+    p = fused(p, r, splat(1.0f));
     const ivec power = ((ivec)shifted - (ivec)magic) << 23;
     return choose(is_tiny, splat(0.0f), (vec)((ivec)p + power));
 }
@@ -156,6 +192,11 @@ void pack_matrix(const float *weight, const int32_t *order, int64_t num_out, int
     }
 }
 
+// Where column `column` of a matrix begins.
+INLINE const uint32_t *column_words(const uint32_t *packed, int64_t column, int64_t panel_words) {
+    return packed + column / PANEL * panel_words + column % PANEL;
+}
+
 // One input of `rows` rows times `vectors` vectors of columns: the inner loop of everything.
 INLINE void multiply_input(const int rows, const int vectors, const float *const in[4], int64_t in_stride, int64_t k,
                            const vec *weights, vec sums[MAX_ROWS][MAX_VECTORS]) {
@@ -163,27 +204,28 @@ INLINE void multiply_input(const int rows, const int vectors, const float *const
     for (int m = 0; m < rows; m++) {
         const vec x = splat(in[m / 3][m % 3 * in_stride + k]);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) sums[m][v] += x * weights[v];
+        for (int v = 0; v < vectors; v++) sums[m][v] = fused(x, weights[v], sums[m][v]);
     }
 }
 
-// `rows` rows times `panels` neighbouring panels to `out` [rows, 2 * panels] vectors, one behind the other.
-INLINE void tile(const int rows, const int panels, const int kind, const uint32_t *packed, int64_t num_in,
-                 const float *in, int64_t in_stride, vec *out) {
+// A tile: `rows` rows times `vectors` vectors of columns from where `packed` points.
+INLINE void tile(const int rows, const int vectors, const int kind, const uint32_t *packed, int64_t num_in,
+                 const float *in, int64_t in_stride, float *out, int64_t out_stride) {
     const int64_t panel_words = panel_rows(num_in, kind) * PANEL;
-    const int vectors = 2 * panels;
     const float *starts[4] = {in, in + 3 * in_stride, in + 6 * in_stride, in + 9 * in_stride};
     vec sums[MAX_ROWS][MAX_VECTORS], weights[MAX_VECTORS], odd[MAX_VECTORS];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) sums[m][v] = splat(0.0f);
+        for (int v = 0; v < vectors; v++) sums[m][v] = (vec){};
     const int64_t steps = kind == BFLOAT16 ? num_in / 2 : num_in;
     for (int64_t k = 0; k < steps; k++) {
         const uint32_t *from = packed + k * PANEL;
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) {
-            const uvec word = *(const uvec *)(from + v / 2 * panel_words + v % 2 * LANES);
+            const uint32_t *at = column_words(from, v * WIDTH, panel_words);
+            const uvec word = *(const uvec *)at;
+            if (v * WIDTH % LANES == 0) __builtin_prefetch(at + WORDS_AHEAD);
             weights[v] = (vec)(kind == BFLOAT16 ? word << 16 : word);
             odd[v] = (vec)(word & 0xffff0000u);
         }
@@ -195,44 +237,49 @@ INLINE void tile(const int rows, const int panels, const int kind, const uint32_
         const uint32_t *from = packed + steps * PANEL;
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++)
-            weights[v] = (vec)(*(const uvec *)(from + v / 2 * panel_words + v % 2 * LANES) << 16);
+            weights[v] = (vec)(*(const uvec *)column_words(from, v * WIDTH, panel_words) << 16);
         multiply_input(rows, vectors, starts, in_stride, 0, weights, sums);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) out[m * vectors + v] = sums[m][v];
+        for (int v = 0; v < vectors; v++) store(out + m * out_stride + v * WIDTH, sums[m][v]);
 }
 
-typedef void Tile(const uint32_t *, int64_t, const float *, int64_t, vec *);
+typedef void RunTile(const uint32_t *, int64_t, const float *, int64_t, float *, int64_t);
 
-#define TILE_OF(rows, panels, kind)                                                                           \
-    static void tile_##rows##_##panels##_##kind(const uint32_t *packed, int64_t num_in, const float *in,      \
-                                                int64_t in_stride, vec *out) {                                \
-        tile(rows, panels, kind, packed, num_in, in, in_stride, out);                                         \
+typedef struct {
+    int64_t columns;
+    RunTile *run[2];  // by how weights are stored
+} Tile;
+
+#define TILE_OF(rows, vectors, kind)                                                                          \
+    static void tile_##rows##_##vectors##_##kind(const uint32_t *packed, int64_t num_in, const float *in,     \
+                                                 int64_t in_stride, float *out, int64_t out_stride) {         \
+        tile(rows, vectors, kind, packed, num_in, in, in_stride, out, out_stride);                            \
     }
-#define TILE(rows, panels) TILE_OF(rows, panels, FLOAT32) TILE_OF(rows, panels, BFLOAT16)
-#define PAIR(rows, panels) {tile_##rows##_##panels##_FLOAT32, tile_##rows##_##panels##_BFLOAT16}
+#define TILE(rows, vectors) TILE_OF(rows, vectors, FLOAT32) TILE_OF(rows, vectors, BFLOAT16)
+#define ENTRY(rows, vectors) {vectors * WIDTH, {tile_##rows##_##vectors##_FLOAT32, tile_##rows##_##vectors##_BFLOAT16}}
 
-// With few rows a tile has several panels, so that no sum waits for the one before it.
-TILE(1, 1) TILE(2, 1) TILE(3, 1)
-#if MAX_ROWS == 12
-TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(7, 1) TILE(8, 1) TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1)
-TILE(1, 4) TILE(2, 4) TILE(3, 3) TILE(4, 2) TILE(5, 2) TILE(6, 2)
-static Tile *const NARROW[MAX_ROWS][2] = {PAIR(1, 1), PAIR(2, 1), PAIR(3, 1), PAIR(4, 1),  PAIR(5, 1),  PAIR(6, 1),
-                                          PAIR(7, 1), PAIR(8, 1), PAIR(9, 1), PAIR(10, 1), PAIR(11, 1), PAIR(12, 1)};
-static Tile *const WIDE[MAX_ROWS][2] = {PAIR(1, 4), PAIR(2, 4), PAIR(3, 3), PAIR(4, 2),  PAIR(5, 2),  PAIR(6, 2),
-                                        PAIR(7, 1), PAIR(8, 1), PAIR(9, 1), PAIR(10, 1), PAIR(11, 1), PAIR(12, 1)};
-static const int WIDTH[MAX_ROWS] = {4, 4, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1};
+// By number of rows: tiles of at most a panel, and for a single row of tiles those with as many columns as keep
+// the processor busy, so that no sum waits for the one before it.
+#if WIDTH == 16
+TILE(1, 2) TILE(2, 2) TILE(3, 2) TILE(4, 2) TILE(5, 2) TILE(6, 2)
+TILE(7, 2) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
+TILE(1, 8) TILE(2, 8) TILE(3, 6) TILE(4, 4) TILE(5, 4) TILE(6, 4)
+static const Tile NARROW[MAX_ROWS] = {ENTRY(1, 2), ENTRY(2, 2), ENTRY(3, 2), ENTRY(4, 2),  ENTRY(5, 2),  ENTRY(6, 2),
+                                      ENTRY(7, 2), ENTRY(8, 2), ENTRY(9, 2), ENTRY(10, 2), ENTRY(11, 2), ENTRY(12, 2)};
+static const Tile WIDE[MAX_ROWS] = {ENTRY(1, 8), ENTRY(2, 8), ENTRY(3, 6), ENTRY(4, 4),  ENTRY(5, 4),  ENTRY(6, 4),
+                                    ENTRY(7, 2), ENTRY(8, 2), ENTRY(9, 2), ENTRY(10, 2), ENTRY(11, 2), ENTRY(12, 2)};
 #else
-TILE(1, 2)
-static Tile *const NARROW[MAX_ROWS][2] = {PAIR(1, 1), PAIR(2, 1), PAIR(3, 1)};
-static Tile *const WIDE[MAX_ROWS][2] = {PAIR(1, 2), PAIR(2, 1), PAIR(3, 1)};
-static const int WIDTH[MAX_ROWS] = {2, 1, 1};
+TILE(1, 4) TILE(2, 4) TILE(3, 4) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(1, 8)
+static const Tile NARROW[MAX_ROWS] = {ENTRY(1, 4), ENTRY(2, 4), ENTRY(3, 4), ENTRY(4, 2), ENTRY(5, 2), ENTRY(6, 2)};
+static const Tile WIDE[MAX_ROWS] = {ENTRY(1, 8), ENTRY(2, 4), ENTRY(3, 4), ENTRY(4, 2), ENTRY(5, 2), ENTRY(6, 2)};
 #endif
+#define MAX_COLUMNS (MAX_VECTORS * LANES)  // of the sums that are finished together
 
-static void put(float *out, vec x, int64_t count, int mode) {
-    if (count >= LANES) {
+INLINE void put(float *out, vec x, int64_t count, int mode) {
+    if (count >= WIDTH) {
         if (mode == ADD) x = load(out) + x;
         store(out, x);
         return;
@@ -240,52 +287,55 @@ static void put(float *out, vec x, int64_t count, int mode) {
     for (int64_t i = 0; i < count; i++) out[i] = mode == ADD ? out[i] + x[i] : x[i];
 }
 
-// Bias, then what `mode` says, for `vectors` vectors of one row from `column` on.
-static void finish(const Matrix *matrix, const vec *sums, int vectors, int64_t column, float *row, int mode) {
-    vec ready[MAX_VECTORS];
-    for (int v = 0; v < vectors; v++) {
-        const int64_t left = matrix->num_out - column - v * LANES;
-        ready[v] = sums[v];
-        if (matrix->bias && left > 0)
-            ready[v] += load_some(matrix->bias + column + v * LANES, left < LANES ? left : LANES);
+// Bias, then what `mode` says, for one row's sums of `count` columns from `column` on.
+static void finish(const Matrix *matrix, float *sums, int64_t count, int64_t column, float *row, int mode) {
+    const int64_t left = matrix->num_out - column;
+    if (count > left) count = left;
+    if (matrix->bias)
+        for (int64_t i = 0; i < count; i++) sums[i] += matrix->bias[column + i];
+    if (mode != SILU_MULTIPLY) {
+        for (int64_t i = 0; i < count; i += WIDTH) put(row + column + i, load(sums + i), count - i, mode);
+        return;
     }
-    for (int v = 0; v < vectors; v++) {
-        const int64_t at = column + v * LANES, left = matrix->num_out - at;
-        if (left <= 0) return;
-        if (mode != SILU_MULTIPLY) put(row + at, ready[v], left, mode);
-        else if (v % 2 == 0) put(row + at / 2, silu(ready[v]) * ready[v + 1], left / 2, STORE);
-    }
+    for (int64_t i = 0; i < count; i += 2 * LANES)
+        for (int64_t j = i; j < i + LANES; j += WIDTH)
+            store(row + (column + i) / 2 + j - i, silu(load(sums + j)) * load(sums + j + LANES));
 }
 
-static void multiply_tile(Tile *run, int64_t rows, int panels, const Matrix *matrix, int64_t panel, const float *in,
-                          int64_t in_stride, float *out, int64_t out_stride, int mode) {
-    vec sums[MAX_ROWS * MAX_VECTORS];
-    const uint32_t *packed = (const uint32_t *)matrix->panels + panel * panel_rows(matrix->num_in, matrix->kind) * PANEL;
-    run(packed, matrix->num_in, in, in_stride, sums);
+// `rows` rows times `columns` columns from `column` on, which is where a panel begins.
+static void multiply_columns(const Tile *shape, int64_t rows, int64_t columns, const Matrix *matrix, int64_t column,
+                             const float *in, int64_t in_stride, float *out, int64_t out_stride, int mode) {
+    float sums[MAX_ROWS * MAX_COLUMNS] __attribute__((aligned(64)));
+    const int64_t panel_words = panel_rows(matrix->num_in, matrix->kind) * PANEL;
+    for (int64_t done = 0; done < columns; done += shape->columns)
+        shape->run[matrix->kind](column_words(matrix->panels, column + done, panel_words), matrix->num_in, in,
+                                 in_stride, sums + done, columns);
     for (int64_t m = 0; m < rows; m++)
-        finish(matrix, sums + m * 2 * panels, 2 * panels, panel * PANEL, out + m * out_stride, mode);
+        finish(matrix, sums + m * columns, columns, column, out + m * out_stride, mode);
 }
 
 // [rows, num_in] times the matrix, this thread's share of the columns.
 static void multiply(const Matrix *matrix, const float *in, int64_t in_stride, float *out, int64_t out_stride,
                      int64_t num_rows, int mode, int thread, int num_threads) {
-    const int64_t panels = (matrix->num_out + PANEL - 1) / PANEL, kind = matrix->kind;
-    const int64_t begin = panels * thread / num_threads, end = panels * (thread + 1) / num_threads;
+    const int64_t panels = (matrix->num_out + PANEL - 1) / PANEL;
+    const int64_t begin = panels * thread / num_threads * PANEL, end = panels * (thread + 1) / num_threads * PANEL;
     for (int64_t first = 0; first < num_rows; first += ROW_BLOCK) {
         const int64_t rows = num_rows - first < ROW_BLOCK ? num_rows - first : ROW_BLOCK;
         const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
         const float *block_in = in + first * in_stride;
         float *block_out = out + first * out_stride;
-        int64_t panel = begin;
-        if (tiles == 1)
-            for (const int width = WIDTH[rows - 1]; panel + width <= end; panel += width)
-                multiply_tile(WIDE[rows - 1][kind], rows, width, matrix, panel, block_in, in_stride, block_out,
-                              out_stride, mode);
-        for (; panel < end; panel++)
+        int64_t column = begin;
+        if (tiles == 1) {
+            const Tile *shape = WIDE + rows - 1;
+            const int64_t columns = shape->columns > PANEL ? shape->columns : PANEL;
+            for (; column + columns <= end; column += columns)
+                multiply_columns(shape, rows, columns, matrix, column, block_in, in_stride, block_out, out_stride, mode);
+        }
+        for (; column < end; column += PANEL)
             for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
                 const int64_t row = rows * i / tiles, height = rows * (i + 1) / tiles - row;
-                multiply_tile(NARROW[height - 1][kind], height, 1, matrix, panel, block_in + row * in_stride,
-                              in_stride, block_out + row * out_stride, out_stride, mode);
+                multiply_columns(NARROW + height - 1, height, PANEL, matrix, column, block_in + row * in_stride,
+                                 in_stride, block_out + row * out_stride, out_stride, mode);
             }
     }
 }
@@ -293,22 +343,22 @@ static void multiply(const Matrix *matrix, const float *in, int64_t in_stride, f
 // --- rows ---
 
 static void normalize(const float *in, const float *weight, float *out, int64_t size, float eps) {
-    vec squares = {};
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) squares += load(in + i) * load(in + i);
-    if (i < size) {
-        const vec rest = load_some(in + i, size - i);
-        squares += rest * rest;
-    }
+    vec squares[PARTS] = {};
+    for (int64_t i = 0; i < size; i += LANES)
+        for (int part = 0; part < PARTS; part++) {
+            const int64_t at = i + part * WIDTH;
+            const vec x = at + WIDTH <= size ? load(in + at) : load_some(in + at, size - at);
+            squares[part] = fused(x, x, squares[part]);
+        }
     const float factor = 1.0f / sqrtf(sum_lanes(squares) / (float)size + eps);
-    for (i = 0; i < size; i++) out[i] = in[i] * factor * weight[i];
+    for (int64_t i = 0; i < size; i++) out[i] = in[i] * factor * weight[i];
 }
 
 static void rotate(float *head, const float *cosines, const float *sines, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
         const float lower = head[i], upper = head[i + half];
-        head[i] = lower * cosines[i] - upper * sines[i];
-        head[i + half] = upper * cosines[i] + lower * sines[i];
+        head[i] = fused_one(lower, cosines[i], -(upper * sines[i]));
+        head[i + half] = fused_one(upper, cosines[i], lower * sines[i]);
     }
 }
 
@@ -354,7 +404,7 @@ typedef struct {
     float scale;
 } Context;
 
-// A vector's worth of tokens from `token` on as [dim, LANES]; gathered where blocks do not hold whole vectors.
+// The keys of LANES tokens from `token` on as [dim, LANES]; gathered where blocks do not hold them together.
 INLINE const float *key_tile(const Context *context, int64_t token, float *gathered, int64_t *stride) {
     const int64_t size = context->block_size, dim = context->dim;
     if (size % LANES == 0) {
@@ -370,81 +420,107 @@ INLINE const float *key_tile(const Context *context, int64_t token, float *gathe
     return gathered;
 }
 
-// Scaled scores of `group` query heads with `tiles` vectors of tokens; minus infinity outside of the context.
+// What to fetch while the tiles before are scored: the keys of `token`, or behind the last of them the first values.
+INLINE const float *tile_ahead(const Context *context, int64_t token) {
+    const int64_t size = context->block_size, past = token - context->end;
+    const int64_t first = past < context->end - context->begin ? context->begin + past : context->begin;
+    if (past < 0) return context->keys + context->blocks[token / size] * context->block_floats + token % size;
+    return context->values + context->blocks[first / size] * context->block_floats;
+}
+
+// Scaled scores of `group` query heads with `tiles` tiles of keys; minus infinity outside of the context.
 INLINE void score_tiles(const int group, const int tiles, const Context *context, const float *queries, int64_t token,
                         float *gathered, float *scores, int64_t score_stride) {
-    vec sums[MAX_GROUP][KEY_TILES];
-    const float *keys[KEY_TILES];
+    vec sums[MAX_GROUP][KEY_VECTORS];
+    const float *keys[KEY_TILES], *ahead[KEY_TILES];
     const int64_t dim = context->dim;
+    const int vectors = tiles * PARTS;
     int64_t stride = LANES;
     for (int t = 0; t < tiles; t++) {
         keys[t] = key_tile(context, token + t * LANES, gathered + t * dim * LANES, &stride);
-        for (int g = 0; g < group; g++) sums[g][t] = splat(0.0f);
+        ahead[t] = tile_ahead(context, token + (tiles + t) * LANES);
     }
-    for (int64_t i = 0; i < dim; i++) {
-        vec key[KEY_TILES];
 #pragma GCC unroll 4
-        for (int t = 0; t < tiles; t++) key[t] = load(keys[t] + i * stride);
+    for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sums[g][v] = (vec){};
+    for (int64_t i = 0; i < dim; i++) {
+        vec key[KEY_VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) key[v] = load(keys[v / PARTS] + i * stride + v % PARTS * WIDTH);
+#pragma GCC unroll 4
+        for (int t = 0; t < tiles; t++) __builtin_prefetch(ahead[t] + i * stride);
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++) {
             const vec query = splat(queries[g * dim + i]);
 #pragma GCC unroll 4
-            for (int t = 0; t < tiles; t++) sums[g][t] += query * key[t];
+            for (int v = 0; v < vectors; v++) sums[g][v] = fused(query, key[v], sums[g][v]);
         }
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < tiles; t++) {
-        const vec tokens = lane_numbers() + (float)(token + t * LANES);
+    for (int v = 0; v < vectors; v++) {
+        const vec tokens = load(LANE_NUMBERS) + (float)(token + v * WIDTH);
         const ivec seen = (tokens >= splat((float)context->begin)) & (tokens < splat((float)context->end));
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++)
-            store(scores + g * score_stride + t * LANES,
-                  choose(seen, sums[g][t] * context->scale, splat(-INFINITY)));
+            store(scores + g * score_stride + v * WIDTH,
+                  choose(seen, sums[g][v] * context->scale, splat(-INFINITY)));
     }
 }
 
-// Scores to weights that are not divided by their sum yet, which is returned.
+// Scores to weights that are not divided by their sum yet, which is returned. `count` is a multiple of LANES.
 static float soften(float *scores, int64_t count) {
-    vec best = load(scores), sum = {};
-    for (int64_t i = LANES; i < count; i += LANES) {
+    vec best = load(scores), sums[PARTS] = {};
+    for (int64_t i = WIDTH; i < count; i += WIDTH) {
         const vec x = load(scores + i);
         best = choose(x > best, x, best);
     }
     const vec largest = splat(max_lanes(best));
-    for (int64_t i = 0; i < count; i += LANES) {
-        const vec weight = exponential(load(scores + i) - largest);
-        sum += weight;
-        store(scores + i, weight);
-    }
-    return sum_lanes(sum);
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int part = 0; part < PARTS; part++) {
+            float *at = scores + i + part * WIDTH;
+            const vec weight = exponential(load(at) - largest);
+            sums[part] += weight;
+            store(at, weight);
+        }
+    return sum_lanes(sums);
 }
 
-// Weighted sums of `vectors` vectors of the values' dimensions, from `first` on.
+// Weighted sums of `vectors` vectors of the values' numbers, from `first` on.
 INLINE void mix_values(const int group, const int vectors, const Context *context, const float *weights,
                        int64_t weight_stride, int64_t first, const float *sums, float *out) {
     vec totals[MAX_GROUP][VALUE_VECTORS];
     const int64_t size = context->block_size, dim = context->dim;
+#pragma GCC unroll 4
     for (int g = 0; g < group; g++)
-        for (int v = 0; v < vectors; v++) totals[g][v] = splat(0.0f);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) totals[g][v] = (vec){};
     for (int64_t token = context->begin; token < context->end;) {
-        const int64_t stop = (token / size + 1) * size < context->end ? (token / size + 1) * size : context->end;
+        const int64_t end_of_block = (token / size + 1) * size;
+        const int64_t stop = end_of_block < context->end ? end_of_block : context->end;
+        const int64_t next = stop < context->end ? stop / size : token / size;
         const float *values = context->values + context->blocks[token / size] * context->block_floats + first;
+        const float *ahead = context->values + context->blocks[next] * context->block_floats + first;
         for (; token < stop; token++) {
-            const float *value = values + token % size * dim;
+            const int64_t at = token % size * dim;
             vec part[VALUE_VECTORS];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) part[v] = load(value + v * LANES);
+            for (int v = 0; v < vectors; v++) {
+                part[v] = load(values + at + v * WIDTH);
+                if (v * WIDTH % LANES == 0) __builtin_prefetch(ahead + at + v * WIDTH);
+            }
 #pragma GCC unroll 4
             for (int g = 0; g < group; g++) {
                 const vec weight = splat(weights[g * weight_stride + token]);
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) totals[g][v] += weight * part[v];
+                for (int v = 0; v < vectors; v++) totals[g][v] = fused(weight, part[v], totals[g][v]);
             }
         }
     }
+#pragma GCC unroll 4
     for (int g = 0; g < group; g++)
-        for (int v = 0; v < vectors; v++)
-            store(out + g * dim + first + v * LANES, totals[g][v] / sums[g]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) store(out + g * dim + first + v * WIDTH, totals[g][v] / sums[g]);
 }
 
 static void mix_dimension(int group, const Context *context, const float *weights, int64_t weight_stride, int64_t i,
@@ -452,9 +528,10 @@ static void mix_dimension(int group, const Context *context, const float *weight
     const int64_t size = context->block_size, dim = context->dim;
     for (int g = 0; g < group; g++) {
         float total = 0.0f;
-        for (int64_t token = context->begin; token < context->end; token++)
-            total += weights[g * weight_stride + token] *
-                     context->values[context->blocks[token / size] * context->block_floats + token % size * dim + i];
+        for (int64_t token = context->begin; token < context->end; token++) {
+            const float *values = context->values + context->blocks[token / size] * context->block_floats;
+            total = fused_one(weights[g * weight_stride + token], values[token % size * dim + i], total);
+        }
         out[g * dim + i] = total / sums[g];
     }
 }
@@ -471,9 +548,9 @@ INLINE void attend_group(const int group, const Context *context, const float *q
         score_tiles(group, 1, context, queries, first + done, gathered, scores + done, score_stride);
     for (int g = 0; g < group; g++) sums[g] = soften(scores + g * score_stride, count);
     const float *weights = scores - first;
-    for (; i + VALUE_VECTORS * LANES <= context->dim; i += VALUE_VECTORS * LANES)
+    for (; i + VALUE_VECTORS * WIDTH <= context->dim; i += VALUE_VECTORS * WIDTH)
         mix_values(group, VALUE_VECTORS, context, weights, score_stride, i, sums, out);
-    for (; i + LANES <= context->dim; i += LANES)
+    for (; i + WIDTH <= context->dim; i += WIDTH)
         mix_values(group, 1, context, weights, score_stride, i, sums, out);
     for (; i < context->dim; i++) mix_dimension(group, context, weights, score_stride, i, sums, out);
 }
