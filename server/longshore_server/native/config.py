@@ -74,8 +74,6 @@ class EngineConfig:
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        if self.kv_cache_dtype != "auto" and self.device == "cpu":
-            raise ConfigError("kv_cache_dtype", f"{self.kv_cache_dtype} is available on a GPU only")
         if self.kv_cache_dtype != "auto" and self.placement != "tensor_parallel":
             words = f"{self.kv_cache_dtype} cannot be had with placement {self.placement}"
             raise ConfigError("kv_cache_dtype", words)
@@ -129,7 +127,7 @@ class EngineConfig:
     @property
     def may_be_batch_invariant(self) -> bool:
         is_exact = self.device == "cpu" and self.dtype in ("auto", "float32") and not self.fuses_layers
-        is_exact = is_exact and self.quantization == "none"
+        is_exact = is_exact and self.quantization == "none" and self.kv_cache_dtype == "auto"
         return is_exact and parse_sparsity(self.attention_sparsity) is None
 
     def _check_quantization(self) -> None:

@@ -6,13 +6,15 @@ It runs once, when an engine is made, and knows nothing of requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from longshore_server.native.attention.backend import select_attention
-from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, block_bytes
+from longshore_server.native.attention.kv_cache import KVScales, LayerGeometry, PagedKVCache, block_bytes
+from longshore_server.native.attention.kv_scales import load_scales, measure_scales, random_prompts
 from longshore_server.native.attention.page_bounds import PageBounds, bounds_bytes
 from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
@@ -76,6 +78,8 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
         num_blocks = links.smallest(num_blocks)
     max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
     cache = PagedKVCache(geometries, num_blocks, config.block_size, kv_dtype, device)
+    if kv_dtype == torch.float8_e4m3fn:
+        cache.scales = _kv_scales(config, loaded, geometries, device, links)
     bounds = None if sparsity is None else PageBounds(cache, ranked)
     embedder = None
     if loaded.tower is not None:
@@ -91,7 +95,11 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
             runner.stay_eager()
     else:
         attention = select_attention(
-            device, batch_invariant=batch_invariant, sparsity=sparsity, bounds=bounds
+            device,
+            batch_invariant=batch_invariant,
+            sparsity=sparsity,
+            bounds=bounds,
+            fp8_cache=kv_dtype == torch.float8_e4m3fn,
         )
         runner = ModelRunner(loaded.model, cache, device, attention, embedder)
     return BuiltModel(
@@ -114,6 +122,23 @@ def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[Layer
         raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
     except Exception as error:
         raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+
+
+def _kv_scales(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    geometries: list[LayerGeometry],
+    device: torch.device,
+    links: RankLinks | None,
+) -> list[KVScales]:
+    """Those beside the model, or measured now on random prompts."""
+    rank, num_ranks = (0, 1) if links is None else (links.rank, links.num_ranks)
+    num_heads = [geometry.num_kv_heads for geometry in geometries]
+    scales = load_scales(Path(config.model), num_heads, device, rank=rank, num_ranks=num_ranks)
+    if scales is None:
+        prompts = random_prompts(loaded.vocab_size, loaded.max_model_len, config.seed)
+        scales = measure_scales(loaded.model, device, prompts)
+    return scales
 
 
 def _compile(

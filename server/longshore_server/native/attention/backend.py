@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from longshore_server.native.attention.fp8_reference import Fp8Context
 from longshore_server.native.attention.interface import AttentionContext
 from longshore_server.native.attention.invariant import plan_invariant_passes
 from longshore_server.native.attention.kv_cache import PagedKVCache
@@ -25,6 +26,7 @@ def select_attention(
     batch_invariant: bool,
     sparsity: Sparsity | None = None,
     bounds: PageBounds | None = None,
+    fp8_cache: bool = False,
 ) -> MakeContext:
     """A maker of one step's context: Triton kernels on CUDA, the torch reference everywhere else."""
     if sparsity is not None and bounds is not None:
@@ -33,4 +35,6 @@ def select_attention(
         from longshore_server.native.attention.triton_context import make_context  # triton is on GPUs only
 
         return make_context
+    if fp8_cache:
+        return partial(Fp8Context, plan=plan_passes)
     return partial(ReferenceContext, plan=plan_invariant_passes if batch_invariant else plan_passes)

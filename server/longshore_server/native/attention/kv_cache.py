@@ -87,7 +87,12 @@ class PagedKVCache:
             return
         index = torch.tensor(blocks, device=self._stores[0].device)
         for store in self._stores:
-            store.index_fill_(1, index, 0)
+            as_bytes(store).index_fill_(1, index, 0)
+
+
+def as_bytes(pages: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type that every device can index: torch cannot index-copy all of the FP8 ones."""
+    return pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
 
 
 def block_bytes(geometries: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype) -> int:

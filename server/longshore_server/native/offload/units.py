@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes
 
 
 def unit_bytes(cache: PagedKVCache) -> int:
@@ -17,7 +17,7 @@ def read_units(cache: PagedKVCache, blocks: Sequence[int]) -> torch.Tensor:
     """[blocks, unit_bytes] uint8 on the cache's device, a copy."""
     index = torch.tensor(blocks, device=cache.device)
     parts = [
-        store.index_select(1, index).transpose(0, 1).reshape(len(blocks), -1).view(torch.uint8)
+        as_bytes(store).index_select(1, index).transpose(0, 1).reshape(len(blocks), -1).view(torch.uint8)
         for store in cache.stores
     ]
     return torch.cat(parts, dim=1)
@@ -29,7 +29,8 @@ def write_units(cache: PagedKVCache, blocks: Sequence[int], units: torch.Tensor)
     start = 0
     for store in cache.stores:
         num_bytes = store[:, 0].nbytes
-        part = units[:, start : start + num_bytes].contiguous().view(store.dtype)
+        target = as_bytes(store)
+        part = units[:, start : start + num_bytes].contiguous().view(target.dtype)
         shape = (len(blocks), store.shape[0], *store.shape[2:])
-        store.index_copy_(1, index, part.view(shape).transpose(0, 1))
+        target.index_copy_(1, index, part.view(shape).transpose(0, 1))
         start += num_bytes
