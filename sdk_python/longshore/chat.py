@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from longshore.config import MODES
 from longshore.errors import AnswerInterruptedError, ConfigError, LongshoreError
+from longshore.images import data_url
 
 if TYPE_CHECKING:
     from longshore.client import Client
     from longshore.streams import ChatStream
 
-_HELP = "/reset forgets the conversation, /tiers shows what is measured, /quit or Ctrl-D ends"
+_HELP = (
+    "/image PATH shows a picture with the next question, /reset forgets the conversation, "
+    "/tiers shows what is measured, /quit or Ctrl-D ends"
+)
 
 
 def register(subparsers: Any) -> None:
@@ -31,6 +35,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--deadline-s", type=float, default=60.0)
     parser.add_argument("--ttft-target-ms", type=int, default=300)
+    parser.add_argument("--image", action="append", metavar="PATH", help="a picture for the first question")
     parser.add_argument("--once", metavar="QUESTION", help="ask this, print the answer, end")
     parser.set_defaults(run=run)
 
@@ -85,10 +90,19 @@ def _turn(conversation: Conversation, line: str) -> None:
         conversation.reset()
     elif line == "/tiers":
         _say(conversation.tiers())
+    elif line.startswith("/image "):
+        _show(conversation, line.removeprefix("/image ").strip())
     elif line.startswith("/"):
         _say(_HELP)
     else:
         _answer(conversation, line)
+
+
+def _show(conversation: Conversation, path: str) -> None:
+    try:
+        conversation.show(path)
+    except LongshoreError as error:
+        _say(f"  ({error.code}: {error.message})")
 
 
 def _answer(conversation: Conversation, question: str) -> None:
@@ -112,19 +126,29 @@ class Conversation:
         self._client = client
         self._options = options
         self._out = out
-        self._messages: list[dict[str, str]] = []
+        self._messages: list[dict[str, Any]] = []
+        self._pictures: list[dict[str, Any]] = []
         self.model: str = options.model or self._first_model()
         self.footer = ""
         self.reset()
+        for path in options.image or ():
+            self.show(path)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
+        self._pictures = []
         system = self._options.system
         self._messages = [{"role": "system", "content": system}] if system else []
 
+    def show(self, path: str) -> None:
+        """Have a picture stand before the next question. Raises InvalidImageError."""
+        self._pictures.append({"type": "image", "image": data_url(path)})
+
     def ask(self, question: str) -> None:
         """Stream the answer; it becomes part of the conversation only when it is whole."""
-        messages = [*self._messages, {"role": "user", "content": question}]
+        text = {"type": "text", "text": question}
+        content = [*self._pictures, text] if self._pictures else question
+        messages = [*self._messages, {"role": "user", "content": content}]
         begin_s = time.monotonic()
         with self._client.chat.completions.create(
             model=self.model,
@@ -136,6 +160,7 @@ class Conversation:
             ttft_s = time.monotonic() - begin_s
             self._write(stream)
         self._messages = [*messages, {"role": "assistant", "content": stream.text}]
+        self._pictures = []
         self.footer = _footer(stream, ttft_s, time.monotonic() - begin_s)
 
     def tiers(self) -> str:
@@ -169,4 +194,6 @@ def _footer(stream: ChatStream, ttft_s: float, total_s: float) -> str:
     speed = f", {(num_tokens - 1) / writing_s:.0f} tokens/s" if num_tokens > 1 and writing_s > 0 else ""
     who = "unknown" if report is None else report.served_by + (" (cache)" if report.cached else "")
     why = f"; {report.reason}" if report is not None and report.reason else ""
-    return f"{who}, {ttft_s * 1000:.0f} ms to the first token{speed}{why}"
+    uses = report.images if report is not None else ()
+    seen = "".join(f"; picture read at {use.width_px} x {use.height_px} ({use.why})" for use in uses)
+    return f"{who}, {ttft_s * 1000:.0f} ms to the first token{speed}{why}{seen}"

@@ -18,8 +18,8 @@ from longshore.errors import (
     ConfigError,
     DeadlineExceededError,
     DeviceError,
-    InvalidRequestError,
     LongshoreError,
+    RequestError,
 )
 from longshore.policy import TierView, estimate_prompt_tokens
 from longshore.wire import AnswerEvent, AnyRequest, ModelCard
@@ -96,7 +96,7 @@ class OnDevice:
             return None
         try:
             return self.student.count_prompt_tokens(request)
-        except InvalidRequestError:
+        except (RequestError, ConfigError):  # told when the device is asked
             return None
 
     def model_card(self) -> ModelCard:

@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from longshore import cli
 from longshore.errors import AuthenticationError
@@ -74,6 +75,20 @@ def test_conversation_keeps_its_turns_until_it_is_reset(tier: TierServer) -> Non
     assert "core http://" in done.stdout and "/reset forgets" in done.stdout
     roles = [[message["role"] for message in seen.body["messages"]] for seen in tier.seen]
     assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
+
+
+def test_pictures_stand_before_the_next_question(tier: TierServer, tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        Image.new("RGB", (30, 20), (len(name), 9, 9)).save(tmp_path / name)
+    lines = f"first\n/image {tmp_path}/no.png\n/image {tmp_path}/two.png\nsecond\nthird\n"
+    done = longshore(*CHAT, "--core-url", tier.url, "--image", f"{tmp_path}/one.png", stdin=lines)
+    assert done.returncode == 0 and "(invalid_image: " in done.stdout
+    turns = [seen.body["messages"] for seen in tier.seen]
+    kinds = [[part["type"] for part in turn[-1]["content"]] for turn in turns[:2]]
+    assert kinds == [["image_url", "text"]] * 2 and turns[2][-1]["content"] == "third"
+    assert turns[2][:3:2] == [turns[0][0], turns[1][2]]  # what was shown stays in the conversation
+    failed = longshore(*CHAT, "--core-url", tier.url, "--image", "no.png", "--once", "hi")
+    assert failed.returncode != 0 and "no.png" in failed.stderr and len(tier.seen) == 3
 
 
 def test_errors_do_not_end_a_conversation(tier: TierServer) -> None:
