@@ -127,6 +127,42 @@ def test_sampling_follows_the_distribution(folder) -> None:
     assert sampled[7] == -1 and last[7] == 0 and sampled[6] == 2
 
 
+def test_filtered_draws_are_those_of_the_common_sampler() -> None:
+    """Top-k, top-p and min-p of many kinds over a real vocabulary's size, ties and bf16 among them."""
+    from longshore_server.native.gpu.triton_sampling import filter_numbers, sample_filtered_rows
+    from longshore_server.native.sampler import sample
+    from longshore_server.native.sequence import Sequence
+
+    chosen = random.Random(3)
+    torch.manual_seed(3)
+    num, vocab_size = 192, 128256
+    logits = 3 * torch.randn(num + 5, vocab_size, device="cuda")
+    logits[10:20] = logits[10:20].round()
+    sequences = [Sequence(str(n), [1], _filters(chosen, seed=n), max_model_len=99) for n in range(num)]
+    for form in (logits, logits.bfloat16()):
+        rows = list(range(3, num + 3))
+        expected = [token.token_id for token in sample(form[rows], sequences)]
+        last = torch.full((2 * num,), -7, device="cuda")
+        sampled = torch.full((num + 5,), -5, device="cuda")
+        numbers = filter_numbers(rows, [2 * n for n in range(num)], sequences, pinned=True).cuda()
+        sample_filtered_rows(form, numbers, last, sampled)
+        same = sum(a == b for a, b in zip(sampled[3:-2].tolist(), expected, strict=True))
+        assert same >= num - 2, same  # sums of probability are taken in another order
+        assert torch.equal(last[::2], sampled[3:-2])
+        assert sampled[:3].tolist() == [-5] * 3 and sampled[-2:].tolist() == [-5] * 2
+
+
+def _filters(chosen: random.Random, seed: int) -> SamplingParams:
+    params = SamplingParams(
+        temperature=chosen.choice([0.3, 0.8, 1.0, 1.7]),
+        top_p=chosen.choice([1.0, 0.99, 0.9, 0.5, 0.05]),
+        top_k=chosen.choice([0, 1, 3, 40, 700, 10**12]),
+        min_p=chosen.choice([0.0, 0.0, 0.05, 1.0]),
+        seed=seed,
+    )
+    return params if params.is_filtered else SamplingParams(top_p=0.8, seed=seed)
+
+
 def test_random_requests_and_aborts_leave_clean_books(folder) -> None:
     chosen = random.Random(11)
     engine = _engine(

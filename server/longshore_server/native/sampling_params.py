@@ -95,11 +95,15 @@ class SamplingParams:
         )
 
     @property
-    def is_plain(self) -> bool:
-        """True where arg-max, or a draw by temperature alone, is the whole of sampling."""
+    def is_filtered(self) -> bool:
+        """True where filters choose what is drawn from; the likeliest token passes them all."""
+        return self.has_filters and not self.is_greedy
+
+    @property
+    def is_simple(self) -> bool:
+        """True where arg-max, or one draw by temperature from what filters keep, is the whole of sampling."""
         return (
-            not self.has_filters
-            and not self.has_penalties
+            not self.has_penalties
             and not self.logit_bias
             and self.min_tokens == 0
             and self.num_logprobs is None

@@ -43,7 +43,11 @@ from longshore_server.native.gpu.step_inputs import (
     temperature_bits,
     token_ids,
 )
-from longshore_server.native.gpu.triton_sampling import sample_rows
+from longshore_server.native.gpu.triton_sampling import (
+    filter_numbers,
+    sample_filtered_rows,
+    sample_rows,
+)
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageEmbedder, model_inputs, shows_image
 from longshore_server.native.sampler import SampledToken, sample
@@ -315,8 +319,11 @@ class GpuRunner:
         pairs: list[tuple[Sequence, int]],  # each sequence that samples, and its seat
         rows: list[int],  # where each stands in logits and sampled
     ) -> Callable[[], list[SampledToken]]:
-        """Starts the way back of the tokens; rows that need more than a plain draw are sampled at once."""
-        special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_plain]
+        """Starts the way back of the tokens. Rows with filters are drawn again on the device; those that need
+        more than that are sampled by the host, which waits for the step.
+        """
+        special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_simple]
+        self._draw_filtered(logits, sampled, pairs, rows)
         redrawn = []
         if special:
             redrawn = sample(logits[[rows[row] for row in special]], [pairs[row][0] for row in special])
@@ -341,6 +348,19 @@ class GpuRunner:
             return tokens
 
         return read
+
+    def _draw_filtered(
+        self, logits: torch.Tensor, sampled: torch.Tensor, pairs: list[tuple[Sequence, int]], rows: list[int]
+    ) -> None:
+        chosen = [
+            (row, seat, sequence)
+            for row, (sequence, seat) in zip(rows, pairs, strict=True)
+            if sequence.params.is_filtered and sequence.params.is_simple
+        ]
+        if chosen:
+            numbers = filter_numbers(*zip(*chosen, strict=True), pinned=self._is_cuda)
+            numbers = numbers.to(self.device, non_blocking=True)
+            sample_filtered_rows(logits, numbers, self._seats.last_tokens, sampled)
 
     def _note_drawn(self, sequences: list[Sequence], tokens: list[SampledToken]) -> None:
         self.drawn = {s: token for s, token in self.drawn.items() if s.status is SequenceStatus.RUNNING}

@@ -23,7 +23,7 @@ from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
 
 ON_GPU = -1  # stands for a token that the host has not seen
-DRAW_FIELDS = ("temperature", "seed")  # filters are the first rank's; what they chose is told
+DRAW_FIELDS = ("temperature", "top_p", "top_k", "min_p", "seed")
 _LENGTH = struct.Struct("<I")
 _INT = array("q").typecode
 _CHUNK_INTS = 7
