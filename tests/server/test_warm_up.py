@@ -33,7 +33,7 @@ def test_a_model_that_sees_is_shown_an_image(tmp_path: Path, caplog: pytest.LogC
         warm_up(engine)
     assert not caplog.text
     assert engine.stats().num_generated_tokens == 6
-    assert len(engine._runner._embedder._kept) == 1
+    assert len(engine._runner._features._kept) == 1
 
 
 def test_a_failure_is_told_and_the_engine_left_clean(

@@ -13,7 +13,7 @@ from longshore_server.native.attention.backend import MakeContext
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
-from longshore_server.native.model.vision import ImageEmbedder, model_inputs
+from longshore_server.native.model.vision import ImageFeatures, model_inputs
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
@@ -40,13 +40,13 @@ class ModelRunner:
         cache: PagedKVCache,
         device: torch.device,
         make_context: MakeContext,
-        embedder: ImageEmbedder | None = None,
+        features: ImageFeatures | None = None,
     ) -> None:
         self.model = model
         self._make_context = make_context
         self.cache = cache
         self.device = device
-        self._embedder = embedder
+        self._features = features
 
     @torch.inference_mode()
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
@@ -95,7 +95,7 @@ class ModelRunner:
                 sampling_rows.append(len(token_ids) - 1)
         context = self._make_context(self.cache, batch_layout(chunks, self.cache.block_size))
         output = self.model(
-            **model_inputs(self._embedder, self._tensor(token_ids), chunks),  # [1, tokens, ...]
+            **model_inputs(self.model, self._features, self._tensor(token_ids), chunks),  # [1, tokens, ...]
             position_ids=self._tensor(positions)[None],
             use_cache=False,
             logits_to_keep=self._tensor(sampling_rows or [len(token_ids) - 1]),

@@ -26,7 +26,7 @@ from longshore_server.native.errors import ConfigError, ModelLoadError, Unsuppor
 from longshore_server.native.images import ImageGeometry
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
-from longshore_server.native.model.vision import ImageEmbedder
+from longshore_server.native.model.vision import ImageFeatures
 from longshore_server.native.offload.kv_offload import KVOffload, open_offload
 from longshore_server.native.offload.spec import parse_kv_swap
 from longshore_server.native.ranks.links import RankLinks
@@ -81,16 +81,14 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     if kv_dtype == torch.float8_e4m3fn:
         cache.scales = _kv_scales(config, loaded, geometries, device, links)
     bounds = None if sparsity is None else PageBounds(cache, ranked)
-    embedder = None
-    if loaded.tower is not None:
-        embedder = ImageEmbedder(loaded.tower, loaded.model.get_input_embeddings())
+    features = None if loaded.tower is None else ImageFeatures(loaded.tower)
     if compiled is not None:
         compiled.attach(cache)
-        runner: Runner = CpuRunner(compiled)
+        runner: Runner = CpuRunner(compiled, features)
     elif device.type == "cuda" and config.placement == "tensor_parallel" and sparsity is None:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
-        runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, embedder)
+        runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, features)
         if links is not None and not links.is_nccl:
             runner.stay_eager()
     else:
@@ -101,7 +99,7 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
             bounds=bounds,
             fp8_cache=kv_dtype == torch.float8_e4m3fn,
         )
-        runner = ModelRunner(loaded.model, cache, device, attention, embedder)
+        runner = ModelRunner(loaded.model, cache, device, attention, features)
     return BuiltModel(
         runner=runner,
         page_bounds=bounds,
@@ -111,7 +109,7 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
         vocab_size=loaded.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
         batch_invariant=batch_invariant,
-        images=None if embedder is None else embedder.geometry,
+        images=None if features is None else features.geometry,
     )
 
 
@@ -145,7 +143,7 @@ def _compile(
     loaded: LoadedModel, config: EngineConfig, geometries: list[LayerGeometry]
 ) -> CompiledDecoder | None:
     """On a CPU in float32, the model as compiled kernels run it, if they know it and a compiler is there."""
-    if not config.may_be_compiled or loaded.tower is not None or not can_compile(loaded.model, geometries):
+    if not config.may_be_compiled or not can_compile(loaded.model, geometries):
         return None
     library = load_library()
     return None if library is None else CompiledDecoder(library, loaded.model, loaded.max_model_len)

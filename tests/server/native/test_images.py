@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from longshore_server.native import EngineConfig, NativeEngine
+from longshore_server.native.cpu.library import load_library
+from longshore_server.native.cpu.runner import CpuRunner
 from longshore_server.native.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.images import (
     MAX_IMAGES,
@@ -23,6 +25,7 @@ from longshore_server.native.images import (
     fit_pixels,
 )
 from longshore_server.native.model.fuse import FusedDecoder
+from longshore_server.native.runner import ModelRunner
 from longshore_server.native.sampling_params import SamplingParams
 from longshore_server.native.sequence import Sequence
 from seeing_models import UNIT_PX, picture_rgb, pixel_values, write_seeing_model
@@ -136,6 +139,10 @@ def test_answers_equal_transformers_generate(folder, oracle) -> None:
     together = _engine(folder)
     assert together.capabilities >= {"images"} and together.batch_invariant
     assert _run(together, asked) == expected
+    plain = _engine(folder, fuse_layers=False)
+    assert type(together._runner) is (ModelRunner if load_library() is None else CpuRunner)
+    assert type(plain._runner) is ModelRunner
+    assert _run(plain, asked) == expected
     chunked = _engine(folder, max_num_batched_tokens=11, max_num_seqs=4)
     assert _run(chunked, asked) == expected
     assert chunked.stats().num_steps > 15
@@ -162,7 +169,7 @@ def test_a_step_over_its_pixels_encodes_one_image_and_goes_on_with_the_next(fold
     expected = _run(_engine(folder), asked)
     engine = _engine(folder)
     engine._scheduler.max_step_pixels = 64 * 64
-    kept = engine._runner._embedder._kept
+    kept = engine._runner._features._kept
     steps: list[int] = []
 
     def step():
@@ -281,7 +288,7 @@ def test_layers_in_fp8_see(folder) -> None:
     """The tower keeps its own numbers, so that features stay what they are."""
     engine, plain = _engine(folder, quantization="fp8"), _engine(folder)
     with torch.inference_mode():
-        ours, theirs = (each._runner._embedder._tower.encode(_image(1, 64)) for each in (engine, plain))
+        ours, theirs = (each._runner._features._tower.encode(_image(1, 64)) for each in (engine, plain))
     assert torch.equal(ours, theirs)
     answers = _run(engine, _asked()[:2])
     assert answers[0] != answers[1]

@@ -80,12 +80,13 @@ typedef struct {
 
 typedef struct {
     int64_t num_rows, num_samples, num_threads, max_context;
-    const int32_t *tokens;     // [rows]
+    const int32_t *tokens;     // [rows]; -1 - n stands for row n of the features
     const int32_t *positions;  // [rows]
     const int32_t *tables;     // [rows]: where in `blocks` the row's sequence begins
     const int32_t *blocks;     // block tables, one behind the other
     const int32_t *samples;    // [samples]: rows whose logits are wanted
     const float *cosines, *sines;  // [positions, head_dim / 2]
+    const float *features;     // [image rows, hidden]
     float *scratch;            // as scratch_floats() asks for
     float *logits;             // [samples, vocab]
 } Step;
@@ -362,8 +363,12 @@ static void rotate(float *head, const float *cosines, const float *sines, int64_
     }
 }
 
-static void embed(const Model *model, int32_t token, float *row) {
+static void embed(const Model *model, const Step *step, int32_t token, float *row) {
     const int64_t hidden = model->hidden;
+    if (token < 0) {
+        memcpy(row, step->features + (-1 - (int64_t)token) * hidden, (size_t)hidden * sizeof *row);
+        return;
+    }
     if (model->embedding_kind == FLOAT32) {
         memcpy(row, (const float *)model->embedding + token * hidden, (size_t)hidden * sizeof *row);
         return;
@@ -677,7 +682,7 @@ static void run_layer(const Model *model, const Step *step, const Buffers *buffe
 
 static void run_thread(const Model *model, const Step *step, const Buffers *buffers, int thread, int num_threads) {
     for (int64_t row = thread; row < step->num_rows; row += num_threads)
-        embed(model, step->tokens[row], buffers->x + row * model->hidden);
+        embed(model, step, step->tokens[row], buffers->x + row * model->hidden);
     BARRIER
     for (int64_t i = 0; i < model->num_layers; i++)
         run_layer(model, step, buffers, model->layers + i, i == model->num_layers - 1, thread, num_threads);

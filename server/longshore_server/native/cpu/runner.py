@@ -14,6 +14,7 @@ import torch
 
 from longshore_server.native.cpu import structs
 from longshore_server.native.cpu.decoder import CompiledDecoder
+from longshore_server.native.model.vision import ImageFeatures
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
@@ -23,8 +24,9 @@ class CpuRunner:
 
     overlaps = False
 
-    def __init__(self, decoder: CompiledDecoder) -> None:
+    def __init__(self, decoder: CompiledDecoder, features: ImageFeatures | None = None) -> None:
         self.decoder = decoder
+        self._features = features
         self._scratch = torch.empty(0)
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
@@ -51,12 +53,15 @@ class CpuRunner:
     def _forward(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
         """Logits [sampling chunks, vocab], in the chunks' order."""
         tokens, positions, tables, blocks, samples = (array("i") for _ in range(5))
+        shown: list[torch.Tensor] = []
         max_context = 0
         for chunk in chunks:
             sequence = chunk.sequence
             start = sequence.num_computed_tokens
             end = start + chunk.num_tokens
             tokens.extend(sequence.token_ids[start:end])
+            if self._features is not None and sequence.images:
+                self._show(self._features, chunk, tokens, shown)
             positions.extend(range(start, end))
             tables.extend([len(blocks)] * chunk.num_tokens)
             blocks.extend(sequence.block_table)
@@ -66,6 +71,7 @@ class CpuRunner:
         rotary = self.decoder.rotary
         rotary.cover(max_context)
         logits = torch.empty(len(samples), self.decoder.vocab_size)
+        features = torch.cat(shown) if shown else None  # [image rows, hidden]; alive until the step is done
         step = structs.Step(
             len(tokens),
             len(samples),
@@ -74,11 +80,22 @@ class CpuRunner:
             *(each.buffer_info()[0] for each in (tokens, positions, tables, blocks, samples)),
             rotary.cosines.data_ptr(),
             rotary.sines.data_ptr(),
+            features=None if features is None else features.data_ptr(),
             logits=logits.data_ptr(),
         )
         self._make_room(step)
         self.decoder.library.run_step(self.decoder.struct, step)
         return logits
+
+    @staticmethod
+    def _show(features: ImageFeatures, chunk: Chunk, tokens: array[int], shown: list[torch.Tensor]) -> None:
+        """Puts -1 - n in place of the chunk's last tokens that the n-th of the shown rows stands for."""
+        first = len(tokens) - chunk.num_tokens
+        for row, rows in features.shown(chunk):
+            number = sum(map(len, shown))
+            for index in range(len(rows)):
+                tokens[first + row + index] = -1 - (number + index)
+            shown.append(rows)
 
     def _make_room(self, step: structs.Step) -> None:
         needed = self.decoder.library.scratch_floats(self.decoder.struct, ctypes.byref(step))

@@ -67,6 +67,7 @@ class Step(Structure):
         ("samples", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
+        ("features", c_void_p),
         ("scratch", c_void_p),
         ("logits", c_void_p),
     ]

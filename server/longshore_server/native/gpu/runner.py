@@ -49,7 +49,7 @@ from longshore_server.native.gpu.triton_sampling import (
     sample_rows,
 )
 from longshore_server.native.model.fuse import FusedDecoder
-from longshore_server.native.model.vision import ImageEmbedder, model_inputs, shows_image
+from longshore_server.native.model.vision import ImageFeatures, model_inputs, shows_image
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
@@ -71,11 +71,11 @@ class GpuRunner:
         cache: PagedKVCache,
         max_num_seqs: int,
         max_model_len: int,
-        embedder: ImageEmbedder | None = None,
+        features: ImageFeatures | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
-        self._embedder = embedder
+        self._features = features
         self.device = cache.device
         self._is_cuda = cache.device.type == "cuda"
         self.drawn: dict[Sequence, int] = {}  # the last tokens of those that the host drew for
@@ -254,7 +254,7 @@ class GpuRunner:
             self._arrivals,
         )
         known = torch.where(of("tokens") >= 0, of("tokens"), self._seats.last_tokens[of("token_seats")])
-        rows = model_inputs(self._embedder, known, chunks)
+        rows = model_inputs(self.model, self._features, known, chunks)
         logits = self._logits(rows, of("positions"), 0 if self._keeps_rows else of("kept_rows"), tables)
         sampled = torch.empty(len(samples), dtype=torch.int64, device=self.device)
         if samples:

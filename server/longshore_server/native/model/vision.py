@@ -7,6 +7,7 @@ another's features. Pixels come in ready; it decodes and resizes nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -75,39 +76,27 @@ class VisionTower:
         return self._connector(encoded.last_hidden_state)[0]  # type: ignore[no-any-return]
 
 
-class ImageEmbedder:
-    """Puts images' features where a step has their tokens; keeps features for who shows the same image again.
+class ImageFeatures:
+    """The features of images, encoded when a step first needs them and kept for who shows the same one again.
 
     They are kept by tenant, as the prefix cache is, so that nobody's times tell what others show.
     """
 
-    def __init__(self, tower: VisionTower, embedding: nn.Module) -> None:
+    def __init__(self, tower: VisionTower) -> None:
         self.geometry = tower.geometry
         self._tower = tower
-        self._embedding = embedding
         self._kept: OrderedDict[tuple[str, bytes], torch.Tensor] = OrderedDict()  # oldest first
         self._kept_bytes = 0
 
-    def embed(self, token_ids: torch.Tensor, chunks: SequenceOf[Chunk]) -> torch.Tensor | None:
-        """The step's embeddings [tokens, hidden], chunk by chunk; None where no chunk shows an image."""
-        if not any(shows_image(chunk) for chunk in chunks):
-            return None
-        embedded: torch.Tensor = self._embedding(token_ids)
-        first_row = 0
-        for chunk in chunks:
-            for placed in images_of(chunk):
-                self._put(embedded, first_row, chunk, placed)
-            first_row += chunk.num_tokens
-        return embedded
-
-    def _put(self, embedded: torch.Tensor, first_row: int, chunk: Chunk, placed: PlacedImage) -> None:
+    def shown(self, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor]]:
+        """From which row of the chunk on images stand, and their features there: [rows, hidden]."""
         computed = chunk.sequence.num_computed_tokens
-        start, stop = max(placed.start, computed), min(placed.stop, computed + chunk.num_tokens)
-        features = self._features(chunk.sequence.tenant, placed.image)
-        rows = slice(first_row + start - computed, first_row + stop - computed)
-        embedded[rows] = features[start - placed.start : stop - placed.start]
+        for placed in images_of(chunk):
+            start, stop = max(placed.start, computed), min(placed.stop, computed + chunk.num_tokens)
+            features = self._of(chunk.sequence.tenant, placed.image)
+            yield start - computed, features[start - placed.start : stop - placed.start]
 
-    def _features(self, tenant: str, image: ImageInput) -> torch.Tensor:
+    def _of(self, tenant: str, image: ImageInput) -> torch.Tensor:
         key = (tenant, image.digest)
         features = self._kept.get(key)
         if features is None:
@@ -131,8 +120,18 @@ def shows_image(chunk: Chunk) -> bool:
 
 
 def model_inputs(
-    embedder: ImageEmbedder | None, token_ids: torch.Tensor, chunks: SequenceOf[Chunk]
+    model: PreTrainedModel,
+    features: ImageFeatures | None,
+    token_ids: torch.Tensor,
+    chunks: SequenceOf[Chunk],
 ) -> dict[str, torch.Tensor]:
     """What the language model reads of a step: its tokens, or their embeddings where it shows images."""
-    embedded = None if embedder is None else embedder.embed(token_ids, chunks)
-    return {"input_ids": token_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
+    if features is None or not any(shows_image(chunk) for chunk in chunks):
+        return {"input_ids": token_ids[None]}  # [1, tokens]
+    embedded = model.get_input_embeddings()(token_ids)  # [tokens, hidden]
+    first_row = 0
+    for chunk in chunks:
+        for row, rows in features.shown(chunk):
+            embedded[first_row + row : first_row + row + len(rows)] = rows
+        first_row += chunk.num_tokens
+    return {"inputs_embeds": embedded[None]}
