@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -235,6 +236,19 @@ def test_backoff_is_jittered_capped_and_minds_retry_after(
     wait_s = backoff_s(num_rounds, unit, SETTINGS, retry_after_s)
     least_s = retry_after_s or 0.0
     assert least_s <= wait_s <= least_s + SETTINGS.backoff_cap_s
+
+
+def test_each_picture_costs_the_device_its_encoding() -> None:
+    device = TierView("device", "device", prefill_tokens_per_s=1e4, ms_per_token=1, image_ms=200)
+    edge = TierView("edge", "edge", ttft_ms=500)
+    asked = RequestFacts(100, 8, 10_000, ttft_target_ms=450)
+    ttft_ms = [
+        plan([device], replace(asked, num_images=number), "auto", SETTINGS).candidates[0].predicted_ttft_ms
+        for number in range(3)
+    ]
+    assert [round(after - before) for before, after in itertools.pairwise(ttft_ms)] == [200, 200]
+    order = [plan([edge, device], replace(asked, num_images=number), "auto", SETTINGS) for number in (1, 3)]
+    assert [item.candidates[0].tier for item in order] == ["device", "edge"]
 
 
 def test_prompt_estimates_grow_with_the_prompt() -> None:
