@@ -1,0 +1,1 @@
+"""The export of models that see: a picture encoder beside the decoder."""
