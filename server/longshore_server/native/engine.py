@@ -120,8 +120,7 @@ class NativeEngine:
             self.capabilities |= {"images"}
         if built.offload is not None:
             self.capabilities |= {"swap"}
-        # Offload moves KV between steps and needs the host's books to be up to date.
-        self._overlaps = built.runner.overlaps and built.offload is None
+        self._overlaps = built.runner.overlaps
         self._in_flight = LaunchedStep([], 0.0)  # the last step, when steps overlap
         self._settled_s = float("-inf")  # when the last step's tokens were there
         self._arrivals = count()

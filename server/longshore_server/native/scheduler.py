@@ -175,15 +175,17 @@ class Scheduler:
             return
         if self.held.pop(sequence.request_id, None) is None:
             _remove(self.running if sequence.status is SequenceStatus.RUNNING else self.waiting, sequence)
-        self._discard_kept(sequence)
+        if not self.enable_prefix_cache:
+            self._discard_kept(sequence, is_shared=False)  # it is of use to the sequence alone
         self._release_blocks(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._sequences[sequence.request_id]
 
     def fail(self, sequence: Sequence) -> None:
-        """Ends a sequence whose computation went wrong: what it left in the prefix index is not trusted."""
+        """Ends a sequence whose computation went wrong: what it left for others is not trusted."""
         self.pool.forget(sequence.block_table)
+        self._discard_kept(sequence, is_shared=self.enable_prefix_cache)
         self.finish(sequence, "error")
 
     def check_integrity(self) -> None:
@@ -279,10 +281,10 @@ class Scheduler:
                 offload.save(key, block)
         victim.num_swapped_tokens = victim.num_computed_tokens
 
-    def _discard_kept(self, sequence: Sequence) -> None:
-        """Without a prefix cache, what was kept of a sequence is of use to it alone."""
-        if self.offload is not None and sequence.num_swapped_tokens and not self.enable_prefix_cache:
-            for key in unit_keys(sequence, sequence.num_swapped_tokens, self.pool.block_size, False):
+    def _discard_kept(self, sequence: Sequence, *, is_shared: bool) -> None:
+        """Forgets what was kept elsewhere when the sequence was last preempted."""
+        if self.offload is not None and sequence.num_swapped_tokens:
+            for key in unit_keys(sequence, sequence.num_swapped_tokens, self.pool.block_size, is_shared):
                 self.offload.discard(key)
 
     def _release_blocks(self, sequence: Sequence) -> None:

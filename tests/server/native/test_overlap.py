@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from longshore_server.native import SamplingParams
+from longshore_server.native.engine import Launch
 from longshore_server.native.sampler import SampledToken
 from longshore_server.native.scheduler import Chunk
 
@@ -77,6 +78,43 @@ def test_answers_are_those_of_plain_steps(make_engine, make_late, num_kv_blocks)
     engine.check_integrity()
     assert engine.stats().kv_usage == 0.0
     assert bool(engine.stats().preemptions) == (num_kv_blocks == 26)
+
+
+@pytest.mark.parametrize("enable_prefix_cache", [True, False])
+def test_steps_overlap_beside_blocks_that_leave_and_come_back(
+    make_engine, make_late, enable_prefix_cache
+) -> None:
+    """A preempted sequence's blocks are saved behind the step that still writes them."""
+    settings = {
+        "max_model_len": 100,
+        "max_num_batched_tokens": 16,
+        "enable_prefix_cache": enable_prefix_cache,
+    }
+    prompts = [[3 + index] * (1 + 5 * index) for index in range(12)]
+    params = _params(len(prompts))
+    expected = make_engine("llama", **settings).generate(prompts, params)
+    engine = make_late(num_kv_blocks=26, kv_swap=("host:4MiB",), **settings)
+    assert engine.generate(prompts, params) == expected
+    engine.check_integrity()
+    stats = engine.stats()
+    assert stats.num_swaps_chosen and stats.num_blocks_swapped_in and stats.kv_usage == 0.0
+
+
+@pytest.mark.parametrize("enable_prefix_cache", [True, False])
+def test_what_was_kept_of_a_step_that_went_wrong_serves_nobody(
+    make_late, greedy, enable_prefix_cache
+) -> None:
+    engine = make_late(kv_swap=("host:4MiB",), enable_prefix_cache=enable_prefix_cache)
+    engine.add_request("r", [5] * 12, greedy(4))
+    engine.step()
+    assert engine.preempt("r") and engine.stats().num_blocks_in_swap == 3
+    (launch,) = engine._in_flight.launches
+    wrong = [SampledToken(0, error="its logits are not finite")]
+    engine._in_flight.launches[0] = Launch(launch.chunks, lambda: wrong)
+    assert [output.error for output in engine.step()] == [wrong[0].error]
+    engine._offload.execute()
+    assert engine.stats().num_blocks_in_swap == 0
+    engine.check_integrity()
 
 
 def test_a_step_hands_out_the_tokens_of_the_one_before(make_late, greedy) -> None:
