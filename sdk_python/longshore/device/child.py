@@ -2,7 +2,7 @@
 
     in    load {model, prefill_model, encoder, kv, vision, image_sizes, num_threads, chunk, calibration_s,
           speculation, draft, memory_limit_bytes}, job {...}, cancel {id}
-    out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, refused {id, message},
+    out   ready {...}, token {id, token_id, offset, ...}, end {id, reason}, refused {id, message, param},
           error {id, kind, message}
 
 It opens no socket and no file but the model's, and holds no text of anyone. Pictures are decoded here and not
@@ -210,7 +210,8 @@ def _answer(generator: Generator, inbox: _Inbox, frame: Frame, sink: BinaryIO) -
     try:
         reason = generator.run(_job(frame), emit, lambda: inbox.is_cancelled(job_id))
     except InvalidImageError as error:
-        write_frame(sink, {"type": "refused", "id": job_id, "message": error.message})
+        refused = {"type": "refused", "id": job_id, "message": error.message, "param": error.param}
+        write_frame(sink, refused)
         return
     write_frame(sink, {"type": "end", "id": job_id, "reason": reason})
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longshore.errors import BundleIncompatibleError
+from longshore.errors import BundleIncompatibleError, InvalidImageError
 from longshore.images import pixel_values
 from longshore.wire import VisionGeometry
 
@@ -32,13 +32,17 @@ Encoded = tuple[
 
 @dataclass(frozen=True, slots=True)
 class JobImage:
-    """A picture of a prompt: the bytes of its file, their SHA-256 in hexadecimal, the size to read it at."""
+    """A picture of a prompt: the bytes of its file, their SHA-256 in hexadecimal, the size to read it at.
+
+    `param` says where in the request it stands.
+    """
 
     data: bytes = field(repr=False)
     digest: str
     width_px: int
     height_px: int
     num_tokens: int
+    param: str = ""
 
     @property
     def key(self) -> int:
@@ -148,7 +152,10 @@ class PromptPictures:
 
     def _of(self, index: int, image: JobImage) -> NDArray[np.float32]:
         assert self._encoder is not None
-        rows, times_ms = self._encoder.rows(image)
+        try:
+            rows, times_ms = self._encoder.rows(image)
+        except InvalidImageError as error:
+            raise InvalidImageError(f"{image.param}: {error.message}", param=image.param) from None
         if times_ms is not None:
             self._encoded.append((index, *times_ms))
         return rows

@@ -65,6 +65,7 @@ class PlannedImage:
 
     data: bytes = field(repr=False)
     digest: str
+    param: str  # where in the request it stands
     num_pixels: int  # of the file
     use: ImageUse
 
@@ -73,6 +74,7 @@ class PlannedImage:
         return {
             "data": base64.b64encode(self.data).decode(),
             "digest": self.digest,
+            "param": self.param,
             "width_px": self.use.width_px,
             "height_px": self.use.height_px,
             "num_tokens": self.use.num_tokens,
@@ -107,7 +109,7 @@ def plan_images(
             room_tokens=room,
         )
         use = _kept(digest, choice, manifest, policy, room, budget_ms) or _use(choice, decode_ms)
-        planned.append(PlannedImage(data, digest, size[0] * size[1], use))
+        planned.append(PlannedImage(data, digest, param, size[0] * size[1], use))
     return tuple(planned)
 
 

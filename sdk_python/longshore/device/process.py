@@ -145,7 +145,7 @@ class ModelProcess:
     def failure(self, frame: Frame) -> DeviceError | BundleIncompatibleError | InvalidImageError:
         """The error that a frame which is not a token tells of."""
         if frame["type"] == "refused":
-            return InvalidImageError(frame["message"], param="messages")
+            return InvalidImageError(frame["message"], param=frame["param"])
         if frame["type"] == "error":
             if frame["kind"] == "memory":
                 return DeviceError(f"the model process reached its memory limit ({frame['message']})")

@@ -321,8 +321,9 @@ def test_a_broken_picture_harms_nobody_else(seeing: Student) -> None:
     whole = picture(1)
     for data in (whole[: len(whole) // 2], whole.replace(b"IEND", b"IENX")[:-200]):
         with pytest.raises(InvalidImageError) as late:
-            list(seeing.stream(ask(shown(data), said("?"))))
-        assert late.value.param == "messages"
+            list(seeing.stream(ask(shown(whole, "low"), said("?"), shown(data))))
+        assert late.value.param == "messages[0].content[2].image_url"
+        assert late.value.message.startswith("messages[0].content[2].image_url: the picture")
     assert seeing.process_id == process_id and not seeing.is_busy
     assert ids(list(seeing.stream(good)))
 
