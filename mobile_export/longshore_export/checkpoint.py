@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longshore.errors import ExportError
+from longshore.errors import ExportError, UnsupportedModelError
 from longshore_export.shape import DecoderShape, read_shape
+from longshore_export.traced import TracedShape, read_traced_shape
+from longshore_export.vision.checkpoint import VisionCheckpoint, decoder_of, load_whole, read_vision
+from longshore_export.vision.shape import FAMILY, PROCESSOR_NAME, read_vision_shape
 
 Array = NDArray[np.float32]
+Graph = Literal["built", "traced"]
+TRACED_ATTENTION = "eager"  # spelt out operator by operator, soft caps and sinks included
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,97 @@ class Checkpoint:
     cos: Array
     sin: Array
     eos_token_ids: tuple[int, ...]
+    vision: VisionCheckpoint | None = None  # of a model that sees; `model` is its decoder then
+
+
+@dataclass(frozen=True)
+class TracedCheckpoint:
+    """A model folder, loaded, of which the graph will be traced."""
+
+    folder: Path
+    model: Any  # a transformers model, fp32, in eval mode
+    shape: TracedShape
+    eos_token_ids: tuple[int, ...]
+    vision: None = None
+
+
+AnyCheckpoint = Checkpoint | TracedCheckpoint
+
+
+def image_token_id(checkpoint: AnyCheckpoint) -> int | None:
+    """The token that a picture's features take the place of, of a model that sees."""
+    return checkpoint.vision.shape.image_token_id if checkpoint.vision else None
+
+
+def open_checkpoint(folder: Path, max_tokens: int | None = None, graph: Graph | None = None) -> AnyCheckpoint:
+    """For the graph builder where it knows the model, else for tracing, unless `graph` says which.
+
+    Raises ExportError for what is missing, UnsupportedModelError for what can be neither built nor traced.
+    """
+    if graph == "traced":
+        return load_traced(folder, max_tokens)
+    try:
+        return load_checkpoint(folder, max_tokens)
+    except UnsupportedModelError as error:
+        if graph == "built":
+            raise
+        not_built = error.message
+    try:
+        return load_traced(folder, max_tokens)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error.message} ({not_built})") from None
+
+
+def load_traced(folder: Path, max_tokens: int | None = None) -> TracedCheckpoint:
+    """As `load_checkpoint`, for a model whose graph will be traced."""
+    _check_files(folder)
+    config = _config(folder)
+    model = _model(folder, TRACED_ATTENTION)
+    # the default groups tokens by expert, which ONNX has no operator for
+    model.set_experts_implementation("batched_mm")
+    return TracedCheckpoint(
+        folder, model, read_traced_shape(model, max_tokens), _eos_token_ids(folder, config)
+    )
 
 
 def load_checkpoint(folder: Path, max_tokens: int | None = None) -> Checkpoint:
     """Raises ExportError for what is missing, UnsupportedModelError for what can't be built."""
+    _check_files(folder)
+    config = _config(folder)
+    if config.model_type == FAMILY:
+        return _load_seeing(folder, config, max_tokens)
+    shape = read_shape(config, max_tokens)
+    return _checkpoint(folder, _model(folder, "sdpa"), shape, config)
+
+
+def _load_seeing(folder: Path, config: Any, max_tokens: int | None) -> Checkpoint:
+    """The decoder as a checkpoint like any other, and what sees beside it."""
+    vision_shape = read_vision_shape(config, read_json(folder / PROCESSOR_NAME))
+    text = config.text_config
+    text.tie_word_embeddings = config.tie_word_embeddings  # of the two, the model goes by the outer one
+    try:
+        shape = read_shape(text, max_tokens)
+    except UnsupportedModelError as error:  # the traced route takes no model that sees
+        raise ExportError(f"the decoder beside the pictures: {error.message}") from None
+    whole = load_whole(folder)
+    return _checkpoint(folder, decoder_of(whole), shape, text, read_vision(whole, vision_shape))
+
+
+def _checkpoint(
+    folder: Path, model: Any, shape: DecoderShape, config: Any, vision: VisionCheckpoint | None = None
+) -> Checkpoint:
+    cos, sin = _rotary_tables(model, shape)
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return Checkpoint(folder, model, shape, weights, cos, sin, _eos_token_ids(folder, config), vision)
+
+
+def _check_files(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ExportError(f"there is no model at {folder}: config.json is missing")
     if not list(folder.glob("*.safetensors")):
         raise ExportError(f"there are no safetensors weights in {folder}")
     if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"there is no tokenizer in {folder}: tokenizer.json is missing")
-    config = _config(folder)
-    shape = read_shape(config, max_tokens)
-    model = _model(folder)
-    cos, sin = _rotary_tables(model, shape)
-    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return Checkpoint(folder, model, shape, weights, cos, sin, _eos_token_ids(folder, config))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,7 +151,7 @@ def _config(folder: Path) -> Any:
         raise ExportError(f"config.json can't be used: {str(error).splitlines()[0]}") from None
 
 
-def _model(folder: Path) -> Any:
+def _model(folder: Path, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -83,7 +163,7 @@ def _model(folder: Path) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
         )
     except Exception as error:  # safetensors and transformers raise what they please on a bad file
         raise ExportError(f"the weights can't be loaded: {str(error).splitlines()[0]}") from None

@@ -24,7 +24,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     student.add_argument(
         "--variant",
         default="fp32",
-        help="fp32, int8, mixed-b64, int4-b32, -b64 or -b128, those also with -p8 (default: fp32)",
+        help="fp32, int8, mixed-b64, int4-b32, -b64 or -b128; built, those also with -p8 (default: fp32)",
+    )
+    student.add_argument(
+        "--graph",
+        choices=("built", "traced"),
+        help="how the graph is made (default: built where the builder knows the model, else traced)",
+    )
+    student.add_argument(
+        "--encoder",
+        choices=("fp32", "int8"),
+        help="the picture encoder of a model that sees (default: fp32, or what the gate takes)",
     )
     student.add_argument("--max-tokens", type=int, help="context on the device; the model's by default")
     student.add_argument(
@@ -56,17 +66,26 @@ def _student(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         signing_key=_signing_key(args),
         variant=variant,
+        graph=args.graph,
         rounding=verdict.chosen.candidate.rounding if verdict else round_plainly,
+        encoder=verdict.encoder if verdict else args.encoder or "fp32",
         capabilities=verdict.capabilities() if verdict else None,
     )
     manifest, parity = exported.manifest, exported.parity
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
-    print(f"{exported.path}: {manifest.name} {manifest.version}, {variant}, {size_mb:.1f} MB")
+    how = f"{variant}, {manifest.variants[0].graph}"
+    print(f"{exported.path}: {manifest.name} {manifest.version}, {how}, {size_mb:.1f} MB")
     greedy = f", {parity.num_greedy_tokens} greedy tokens equal" if parity.num_greedy_tokens else ""
     print(
         f"parity with torch{_of(variant)}: logits within {parity.max_logit_difference:.1e} over "
         f"{parity.num_prompts} prompts{greedy}"
     )
+    if exported.encoder_parity:
+        seen = exported.encoder_parity
+        print(
+            f"encoder's parity with torch{_of(str(manifest.capabilities['encoder']))}: features within "
+            f"{seen.max_difference:.1e} over {len(seen.sizes_px)} sizes"
+        )
     return 0
 
 

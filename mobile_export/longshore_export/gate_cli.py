@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longshore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longshore_export.checkpoint import Checkpoint
+    from longshore_export.checkpoint import AnyCheckpoint, Checkpoint
     from longshore_export.gate import Candidate, Verdict
     from longshore_export.task import Example
 
@@ -38,14 +38,16 @@ def choose(args: argparse.Namespace) -> Verdict | None:
     if args.task is None:
         raise ConfigError("--gate needs --task, the examples to judge by")
     from longshore_export.chat_table import read_chat_template
-    from longshore_export.checkpoint import load_checkpoint
+    from longshore_export.checkpoint import open_checkpoint
     from longshore_export.gate import pass_gate
     from longshore_export.task import load_task
 
-    checkpoint, template = load_checkpoint(args.model, args.max_tokens), read_chat_template(args.model)
+    checkpoint = open_checkpoint(args.model, args.max_tokens, args.graph)
+    template = read_chat_template(args.model)
     tokenizer = _tokenizer(args.model)
-    task = load_task(args.task, tokenizer, template)
-    known = load_task(args.calibrate, tokenizer, template) if args.calibrate else []
+    vision = checkpoint.vision.shape if checkpoint.vision else None
+    task = load_task(args.task, tokenizer, template, vision)
+    known = load_task(args.calibrate, tokenizer, template, vision) if args.calibrate else []
     with tempfile.TemporaryDirectory(prefix="longshore-gate-") as work:
         candidates = _candidates(checkpoint, tokenizer, known)
         verdict = pass_gate(checkpoint, tokenizer, task, candidates, args.gate, Path(work))
@@ -53,24 +55,38 @@ def choose(args: argparse.Namespace) -> Verdict | None:
     return verdict
 
 
-def _candidates(checkpoint: Checkpoint, tokenizer: Any, known: list[Example]) -> list[Candidate]:
+def _candidates(checkpoint: AnyCheckpoint, tokenizer: Any, known: list[Example]) -> list[Candidate]:
     """Every variant rounded plainly, and by calibration where there is any; fp32 first."""
+    from longshore_export.checkpoint import TracedCheckpoint
     from longshore_export.gate import Candidate
     from longshore_export.graph import round_plainly
     from longshore_export.quantize_gptq import GptqRounding, measure_moments
     from longshore_export.quantize_recipe import RECIPES
 
+    if isinstance(checkpoint, TracedCheckpoint):
+        if known:
+            raise ConfigError("--calibrate is for built graphs alone; this model's is traced")
+        return [Candidate(name, "rtn", round_plainly) for name, it in RECIPES.items() if not it.has_prefill]
     out = [Candidate(name, "rtn", round_plainly) for name in RECIPES]
     if known:
         texts = [
-            [*example.prompt, *tokenizer.encode(example.expected, add_special_tokens=False).ids]
-            for example in known[:MAX_CALIBRATION_EXAMPLES]
+            _calibration_text(checkpoint, tokenizer, example) for example in known[:MAX_CALIBRATION_EXAMPLES]
         ]
         gptq = GptqRounding(measure_moments(checkpoint.model, texts))
         out += [
             Candidate(name, "gptq", gptq) for name, recipe in RECIPES.items() if recipe.precision == "int4"
         ]
     return out
+
+
+def _calibration_text(checkpoint: Checkpoint, tokenizer: Any, example: Example) -> Any:
+    """Prompt and answer as token ids; as embeddings, where there are pictures."""
+    from longshore_export.vision.task import embedded
+
+    ids = [*example.prompt, *tokenizer.encode(example.expected, add_special_tokens=False).ids]
+    if checkpoint.vision is None or not example.pictures:
+        return ids
+    return embedded(checkpoint.vision, ids, example.pictures)
 
 
 def _tokenizer(model_dir: Path) -> Any:

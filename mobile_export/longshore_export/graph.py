@@ -9,6 +9,9 @@ names; reads no file and trains nothing.
              seqlens_k [1] int32                tokens in the cache after this call, less one
              total_sequence_length [1] int32    tokens in the cache after this call
              past_key.N, past_value.N [1, kv_heads, max_tokens, head_dim] float32
+             image_features [image tokens, hidden] float32, of a model that sees: a row for each image token
+                                              among the new ones, in order; too few stop the run, and with
+                                              none at all the token is one like all
     outputs  logits [rows, vocab] float32
              present_key.N, present_value.N     to be bound to the same buffers as past_*
 """
@@ -54,13 +57,15 @@ def build_graph(
     sin: Array,
     recipe: Recipe = FP32,
     rounding: Rounding = round_plainly,
+    image_token_id: int | None = None,
 ) -> onnx.ModelProto:
     """The whole model; `weights` by Hugging Face names, [out, in], `cos` and `sin` [positions, head_dim / 2].
 
-    `rounding` makes the codes of a part ("layer0.qkv") from its matrix [out, in]. Raises
+    `rounding` makes the codes of a part ("layer0.qkv") from its matrix [out, in]. With an `image_token_id`,
+    pictures' features take the place of that token's embedding. Raises
     UnsupportedModelError where the weights are not those of the shape, or don't fit into one file.
     """
-    builder = _Builder(shape, weights, recipe, rounding)
+    builder = _Builder(shape, weights, recipe, rounding, image_token_id)
     builder.constant("cos_cache", cos[: shape.max_tokens])
     builder.constant("sin_cache", sin[: shape.max_tokens])
     logits = builder.decoder()
@@ -71,9 +76,17 @@ def build_graph(
 class _Builder(GraphParts):
     """The decoder, of the parts."""
 
-    def __init__(self, shape: DecoderShape, weights: Weights, recipe: Recipe, rounding: Rounding) -> None:
+    def __init__(
+        self,
+        shape: DecoderShape,
+        weights: Weights,
+        recipe: Recipe,
+        rounding: Rounding,
+        image_token_id: int | None,
+    ) -> None:
         super().__init__(weights, recipe, rounding)
         self._shape = shape
+        self._image_token_id = image_token_id
 
     def norm(self, source: str, out: str, weight_name: str) -> str:
         gamma = self.constant(weight_name, self.weight(weight_name))
@@ -96,6 +109,8 @@ class _Builder(GraphParts):
 
     def decoder(self) -> str:
         residual = self.embedding()
+        if self._image_token_id is not None:
+            residual = self.with_pictures(residual, self._image_token_id)
         normed = self.norm(residual, "layer0.normed", "model.layers.0.input_layernorm.weight")
         last = self._shape.num_layers - 1
         for index in range(last + 1):
@@ -135,6 +150,30 @@ class _Builder(GraphParts):
             gather_axis=0,
             quantize_axis=1,
         )
+
+    def with_pictures(self, embedded: str, image_token_id: int) -> str:
+        """The embeddings, with the next row of `image_features` in place of each image token's.
+
+        Row n goes to the n-th image token. Others look at a row of zeros before the first, which is dropped.
+        Without any rows the token is one like all, as where the model itself has said it.
+        """
+        image_token = self.constant("image_token", np.array(image_token_id, np.int64))
+        axis = self.constant("token_axis", np.array(1, np.int64))
+        zeros = self.constant("no_picture", np.zeros((1, self._shape.hidden_size), np.float32))
+        found = self.node("Equal", ["input_ids", image_token], ["is_image_token"])  # [1, tokens]
+        num_rows = self.node("Shape", ["image_features"], ["picture.rows"], start=0, end=1)
+        none = self.constant("no_rows", np.array([0], np.int64))
+        is_image = self.node(
+            "And", [found, self.node("Greater", [num_rows, none], ["picture.any"])], ["is_image"]
+        )
+        ones = self.node("Cast", [is_image], ["is_image.ones"], to=TensorProto.INT64)
+        count = self.node("CumSum", [ones, axis], ["is_image.count"])
+        row = self.node("Mul", [count, ones], ["picture.row"])
+        table = self.node("Concat", [zeros, "image_features"], ["picture.table"], axis=0)
+        shown = self.node("Gather", [table, row], ["picture.shown"], axis=0)
+        last = self.constant("last_axis", np.array([-1], np.int64))
+        where = self.node("Unsqueeze", [is_image, last], ["is_image.column"])
+        return self.node("Where", [where, shown, embedded], ["embedded.whole"])
 
     def attention(self, index: int, source: str) -> str:
         """Causal attention; the operator applies RoPE and writes the new keys and values into the cache."""
@@ -210,7 +249,14 @@ class _Builder(GraphParts):
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, [1]),
             helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, [1]),
             *self._cache("past"),
+            *self._pictures(),
         ]
+
+    def _pictures(self) -> list[onnx.ValueInfoProto]:
+        if self._image_token_id is None:
+            return []
+        dims = ["image_tokens", self._shape.hidden_size]
+        return [helper.make_tensor_value_info("image_features", TensorProto.FLOAT, dims)]
 
     def _outputs(self) -> list[onnx.ValueInfoProto]:
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", self._shape.vocab_size])

@@ -34,10 +34,10 @@ def emulate(model: Any, recipe: Recipe, rounding: Rounding) -> Any:
     for index, layer in enumerate(rounded.model.layers):
         for part, (place, names) in PARTS.items():
             name = f"layer{index}.{part}"
-            _round_together(getattr(layer, place), names, recipe.format_of(name), rounding, name)
+            round_together(getattr(layer, place), names, recipe.format_of(name), rounding, name)
     rounded.lm_head = nn.Linear(head.shape[1], head.shape[0], bias=False)
     rounded.lm_head.weight = nn.Parameter(head)
-    _round_together(rounded, ("lm_head",), recipe.format_of("head"), rounding, "head")
+    round_together(rounded, ("lm_head",), recipe.format_of("head"), rounding, "head")
     if recipe.embedding is not None:
         matrix = rounding("embedding", embedding.numpy(), recipe.embedding).dequantized()
         rounded.model.embed_tokens.weight = nn.Parameter(torch.from_numpy(matrix))
@@ -57,7 +57,9 @@ def round_activations(values: Tensor, form: BlockFormat | RowFormat) -> Tensor:
     return ((blocks / scales).round() * scales).flatten(-2)[..., :width]
 
 
-class _RoundedLinear(nn.Module):
+class RoundedLinear(nn.Module):
+    """A linear layer of rounded weights that rounds its activations too."""
+
     def __init__(self, matrix: Tensor, bias: Tensor | None, form: BlockFormat | RowFormat) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(matrix), bias
@@ -67,7 +69,7 @@ class _RoundedLinear(nn.Module):
         return F.linear(round_activations(values, self._form), self.weight, self.bias)
 
 
-def _round_together(
+def round_together(
     parent: Any, names: tuple[str, ...], form: WeightFormat, rounding: Rounding, part: str
 ) -> None:
     """Replace the linear modules that one product of the graph computes side by side."""
@@ -82,4 +84,4 @@ def _round_together(
         rounded = rounding(part, matrix, form)
     pieces = torch.from_numpy(rounded.dequantized()).split([len(module.weight) for module in modules])
     for name, module, piece in zip(names, modules, pieces, strict=True):
-        setattr(parent, name, _RoundedLinear(piece.clone(), module.bias, form))
+        setattr(parent, name, RoundedLinear(piece.clone(), module.bias, form))

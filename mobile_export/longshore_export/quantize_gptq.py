@@ -33,8 +33,11 @@ Moments = dict[str, NDArray[np.float64]]
 
 
 @torch.no_grad()
-def measure_moments(model: Any, prompts: Sequence[Sequence[int]]) -> Moments:
-    """The second moments [in, in] of what goes into each part, over whole prompts of token ids."""
+def measure_moments(model: Any, prompts: Sequence[Sequence[int] | torch.Tensor]) -> Moments:
+    """The second moments [in, in] of what goes into each part, over whole prompts.
+
+    A prompt is token ids, or its embeddings [tokens, hidden], as of one with pictures.
+    """
     moments: Moments = {}
 
     def watch(part: str, module: Any) -> Any:
@@ -50,7 +53,10 @@ def measure_moments(model: Any, prompts: Sequence[Sequence[int]]) -> Moments:
             hooks.append(watch(f"layer{index}.{part}", getattr(getattr(layer, place), names[0])))
     try:
         for prompt in prompts:
-            model(torch.tensor([list(prompt)]))
+            if isinstance(prompt, torch.Tensor):
+                model(inputs_embeds=prompt[None])
+            else:
+                model(torch.tensor([list(prompt)]))
     finally:
         for hook in hooks:
             hook.remove()

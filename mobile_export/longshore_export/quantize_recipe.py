@@ -55,5 +55,5 @@ def _mixed(block_size: int) -> Recipe:
 
 FP32 = Recipe("fp32", "fp32")
 INT8 = Recipe("int8", "int8", RowFormat(), RowFormat(), BlockFormat(8, BYTE_BLOCK))
-_INT4 = tuple(_int4(size, has_prefill) for has_prefill in (False, True) for size in (32, 64, 128))
+_INT4 = tuple(_int4(size, has_prefill) for has_prefill in (False, True) for size in (32, 64, 128, 256))
 RECIPES = {recipe.name: recipe for recipe in (FP32, INT8, *_INT4, _mixed(64))}

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from longshore.errors import ExportError
-from longshore_export.checkpoint import Checkpoint
+from longshore_export.checkpoint import AnyCheckpoint, Checkpoint, Graph, TracedCheckpoint, image_token_id
 from longshore_export.graph import Rounding, build_graph, required_operators, round_plainly
 from longshore_export.graph_derive import share_constants
 from longshore_export.quantize_emulate import emulate
 from longshore_export.quantize_recipe import FP32, RECIPES, Precision, Recipe
+from longshore_export.traced import trace
+from longshore_export.traced_quantize import emulate_traced, with_operators
 from longshore_export.verify import Parity, check_parity, check_rounded_parity
 
 
@@ -25,6 +27,7 @@ class BuiltVariant:
     required_operators: tuple[str, ...]
     parity: Parity
     prefill_file: Path | None = None
+    graph: Graph = "built"
 
     @property
     def size_bytes(self) -> int:
@@ -40,13 +43,15 @@ def find_recipe(name: str) -> Recipe:
 
 
 def build_variant(
-    checkpoint: Checkpoint, name: str, file: Path, rounding: Rounding = round_plainly
+    checkpoint: AnyCheckpoint, name: str, file: Path, rounding: Rounding = round_plainly
 ) -> BuiltVariant:
     """Write the graph of variant `name` to `file`; ParityError where it doesn't compute what it should.
 
     A graph for prompts, where the variant has one, is written beside it and reads its weights from `file`.
     """
     recipe = find_recipe(name)
+    if isinstance(checkpoint, TracedCheckpoint):
+        return _traced_variant(checkpoint, recipe, file, rounding)
     model = _graph(checkpoint, recipe, rounding)
     body = model.SerializeToString(deterministic=True)
     file.write_bytes(body)
@@ -66,5 +71,31 @@ def build_variant(
     return BuiltVariant(name, recipe.precision, file, tuple(operators), parity, prefill_file)
 
 
+def _traced_variant(
+    checkpoint: TracedCheckpoint, recipe: Recipe, file: Path, rounding: Rounding
+) -> BuiltVariant:
+    if recipe.has_prefill:
+        raise ExportError(f"{recipe.name} has a graph for prompts, which is made for built graphs alone")
+    plain = recipe is FP32
+    model = checkpoint.model if plain else with_operators(checkpoint.model, recipe, rounding)
+    graph = trace(model, checkpoint.shape)
+    file.write_bytes(graph.SerializeToString(deterministic=True))
+    if plain:
+        parity = check_parity(file, checkpoint)
+    else:
+        parity = check_rounded_parity(file, checkpoint, emulate_traced(checkpoint.model, recipe, rounding))
+    return BuiltVariant(
+        recipe.name, recipe.precision, file, required_operators(graph), parity, graph="traced"
+    )
+
+
 def _graph(checkpoint: Checkpoint, recipe: Recipe, rounding: Rounding) -> Any:
-    return build_graph(checkpoint.shape, checkpoint.weights, checkpoint.cos, checkpoint.sin, recipe, rounding)
+    return build_graph(
+        checkpoint.shape,
+        checkpoint.weights,
+        checkpoint.cos,
+        checkpoint.sin,
+        recipe,
+        rounding,
+        image_token_id(checkpoint),
+    )
