@@ -195,7 +195,7 @@ def draw(rows: Sequence[SizeRow]) -> str:
         f'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>'
     )
     parts = _panel(MARGIN, sizes, right, 100, "%")
-    parts += _panel(MARGIN + WIDTH + GAP, sizes, taken, 50 * -(-slowest // 50), " ms")
+    parts += _panel(MARGIN + WIDTH + GAP, sizes, taken, 40 * -(-slowest // 40), " ms")
     return "\n".join([head, *parts, "</svg>"]) + "\n"
 
 

@@ -1,11 +1,13 @@
 """Product photos: one product in one colour on some background, with a price tag, drawn by Pillow and numpy.
 
 A photo is its words and a seed. Owns what is drawn and the train/held-out split by words; the same photo is
-the same picture on one version of Pillow. Downloads nothing and asks nothing.
+the same picture on one version of Pillow. Downloads nothing and asks nothing. `python -m shop.pictures SHEET`
+draws a few held-out photos as models see them, at three sizes.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from shop.picture_shapes import COLOUR_RGB, PRODUCTS, Tone
-from shop.sheet import HELDOUT_ONE_IN, MAX_PRICE, MIN_PRICE, Split
+from shop.sheet import HELDOUT_ONE_IN, MAX_PRICE, MIN_PRICE, Split, split_rng
 
 RGB = tuple[int, int, int]
 ASPECTS = (1.0, 1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
@@ -91,6 +93,19 @@ def draw_with_digits(photo: Photo) -> tuple[Image.Image, tuple[Digit, ...]]:
     if rng.random() < 0.5 and not photo.is_easy:
         image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.2, 0.7)))
     return _noisy(rng, image), digits
+
+
+def contact_sheet(num_photos: int, sizes_px: tuple[int, ...], seed: int, side_px: int = 200) -> Image.Image:
+    """Held-out photos side by side, one row a size, each squeezed to it and then shown at `side_px`."""
+    rng = split_rng("heldout", seed)
+    sheet = Image.new("RGB", (num_photos * side_px, len(sizes_px) * side_px))
+    for column in range(num_photos):
+        image = draw_photo(make_photo(rng, "heldout"))
+        for row, size in enumerate(sizes_px):
+            seen = image.resize((size, size), Image.Resampling.BICUBIC)
+            shown = seen.resize((side_px, side_px), Image.Resampling.NEAREST)
+            sheet.paste(shown, (column * side_px, row * side_px))
+    return sheet
 
 
 def _jittered(rng: Random, colour: RGB, most: int) -> RGB:
@@ -235,3 +250,7 @@ def _noisy(rng: Random, image: Image.Image) -> Image.Image:
     cut = _noise(strength).crop((x, y, x + image.width, y + image.height))
     brightened = image.point([min(255, round(value * gain)) for value in range(256)] * 3)
     return ImageChops.add(brightened, cut, 1, -128)
+
+
+if __name__ == "__main__":
+    contact_sheet(5, (64, 128, 320), seed=4).save(sys.argv[1], quality=88)
