@@ -164,6 +164,21 @@ def test_an_answer_goes_on_from_its_tokens(folder, oracle) -> None:
     assert _run(engine, [(prompt, images)], continue_from=expected[:5]) == [expected[5:]]
 
 
+def test_an_image_token_that_the_model_says_itself_shows_nothing(folder) -> None:
+    """It is a word like any other, also when it is computed again."""
+    prompt, images = _asked()[0]
+    for settings in ({}, {"fuse_layers": False}):
+        engine = _engine(folder, **settings)
+        said = SamplingParams(max_tokens=3, temperature=0.0, logit_bias={IMAGE: 100.0})
+        engine.add_request("said", prompt, said, images=images)
+        tokens = []
+        while engine.has_unfinished():
+            tokens += [output.token_id for output in engine.step()]
+        assert tokens == [IMAGE] * 3
+        rest = _run(engine, [(prompt, images)], continue_from=tokens)[0]
+        assert _run(_engine(folder), [(prompt, images)], continue_from=tokens)[0] == rest
+
+
 def test_a_step_over_its_pixels_encodes_one_image_and_goes_on_with_the_next(folder) -> None:
     asked = [(_prompt([7], image, [8]), [image]) for image in (_image(seed, 64) for seed in range(4))]
     expected = _run(_engine(folder), asked)
