@@ -12,6 +12,7 @@ from random import Random
 
 from demo import tiers
 from demo.claims import Claims
+from demo.photos import show_photos
 from demo.scenes import Scenes
 from longshore import AsyncClient
 from longshore.device import DeviceSettings
@@ -37,15 +38,18 @@ def _run(folder: Path, options: argparse.Namespace) -> int:
     seed = options.seed if options.seed is not None else time.time_ns() % 1_000_000
     keys, claims = tiers.Keys.generate(), Claims()
     print(
-        f"Longshore demo, questions from seed {seed}. Exporting the student and starting the tiers ...",
+        f"Longshore demo, questions from seed {seed}. Exporting the students and starting the tiers ...",
         flush=True,
     )
-    bundle = tiers.export_bundle(folder)
+    bundles = tiers.export_bundles(folder)
+    bundle = bundles[tiers.STUDENT]
     with tiers.core(folder, keys) as core, tiers.edge(folder, keys, core.url, bundle) as edge:
         print(f"core at {core.url}, edge at {edge.url}, student in {bundle.name}", flush=True)
         if options.keep:
             return _keep(core, edge, keys, bundle)
         asyncio.run(_play(edge.url, keys, bundle, core, edge, claims, Random(seed)))
+    with tiers.photo_core(keys) as seeing:
+        asyncio.run(show_photos(seeing.url, keys, bundles[tiers.PHOTO_MODEL], claims, Random(seed)))
     verdict = (
         "every claim held" if claims.all_hold else f"{len(claims.failed)} claims FAILED: {claims.failed}"
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import shop
+from shop.picture_questions import PictureKind, PictureQuestion, ask, picture_messages
+from shop.pictures import draw_photo, make_photo
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """One question as a client asks it, and how to tell whether an answer is right."""
 
-    messages: list[dict[str, str]]
-    question: shop.Question
+    messages: list[dict[str, Any]]
+    question: shop.Question | PictureQuestion
     num_items: int
 
     def is_correct(self, answer_text: str) -> bool:
@@ -27,6 +30,14 @@ def case(rng: Random, kind: shop.Kind, num_items: int) -> Case:
     sheet = shop.make_sheet(rng, num_items, "heldout")
     question = shop.make_question(rng, sheet, kind)
     return Case(shop.messages(sheet, question), question, num_items)
+
+
+def photo_case(rng: Random, kind: PictureKind) -> Case:
+    """A question about a fresh photo of something on offer, in all its detail."""
+    photo = make_photo(rng, "heldout")
+    question = ask(rng, photo, kind)
+    picture = {"type": "image", "image": draw_photo(photo), "detail": "high"}
+    return Case(picture_messages(question, picture), question, 1)
 
 
 def cases(rng: Random) -> Iterator[Case]:

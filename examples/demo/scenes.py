@@ -28,12 +28,17 @@ ALL_TIERS = frozenset({"device", "edge", "core"})
 
 
 async def ask(
-    client: AsyncClient, asked: Case, on_text: Callable[[int], None] | None = None, **options: object
+    client: AsyncClient,
+    asked: Case,
+    on_text: Callable[[int], None] | None = None,
+    *,
+    model: str = tiers.MODEL_NAME,
+    **options: object,
 ) -> Row:
     """Ask one question as a stream; `on_text` is called with the number of chunks of text so far."""
     started_s = time.monotonic()
     stream = await client.chat.completions.create(
-        model=tiers.MODEL_NAME, messages=asked.messages, temperature=0, stream=True, **options
+        model=model, messages=asked.messages, temperature=0, stream=True, **options
     )
     first_s, num_chunks, texts = None, 0, []
     async with stream:

@@ -8,6 +8,7 @@ import json
 import secrets
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from longshore.tier_process import TierProcess
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 MODEL_NAME = "shop"
+STUDENT = "shop-student"
+PHOTO_MODEL = "shop-vision"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +41,21 @@ class Keys:
         return hashlib.sha256(self.api_key.encode()).hexdigest()
 
 
-def export_bundle(folder: Path) -> Path:
-    """Export and sign the student with the commands that an operator would type; the key lasts a day."""
-    bundle, key = folder / "shop-student", folder / "operator.key"
+def export_bundles(folder: Path) -> dict[str, Path]:
+    """Export and sign both students with the commands that an operator would type; the key lasts a day."""
+    key = folder / "operator.key"
     _longshore("bundle", "keygen", str(key), "--key-id", "demo", "--days", "1")
     _longshore("bundle", "trust", "add", str(trust_store(folder)), f"{key}.pub")
-    model = str(MODELS / "shop-student")
+    bundles = {name: folder / name for name in (STUDENT, PHOTO_MODEL)}
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(_export, bundle, key) for bundle in bundles.values()]:
+            done.result()
+    return bundles
+
+
+def _export(bundle: Path, key: Path) -> None:
+    model = str(MODELS / bundle.name)
     _longshore("export", "student", "--model", model, "--out", str(bundle), "--sign-key", str(key))
-    return bundle
 
 
 def trust_store(folder: Path) -> Path:
@@ -79,6 +89,12 @@ public_key = "{keys.edge_key.public_key.text}"
 """
     )
     return TierProcess(["serve", "--config", str(config)])
+
+
+def photo_core(keys: Keys) -> TierProcess:
+    """A core with the model that sees, not yet started."""
+    flags = ["--model", str(MODELS / PHOTO_MODEL), "--port", "0"]
+    return TierProcess(["serve", *flags], environment={"LONGSHORE_API_KEY": keys.api_key})
 
 
 async def core_is_back(edge_url: str, timeout_s: float = 30.0) -> None:

@@ -22,6 +22,8 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     "<|image|>",
     *(f"<|reserved_{i}|>" for i in range(24)),
 )
+IMAGE = "<image>"
+"""Stands for a piece of a picture, in the picture model's tokenizer alone."""
 INSTRUCTION = "You answer questions about this product sheet."
 
 CHAT_TEMPLATE = (

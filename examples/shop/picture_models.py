@@ -16,10 +16,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from shop.chat import IMAGE
 from shop.models import MODELS
 from shop.tokenizer import FOLDER, MAX_MODEL_TOKENS
 
-IMAGE = "<image>"
 SIZES_PX: tuple[int, ...] = (64, 96, 128, 160, 192, 224, 256, 320)
 """Widths of the square buckets. transformers' connector takes the patches for a square, so they are one."""
 PATCH_PX, SCALE_FACTOR = 8, 2

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, get_args
 
-from shop.chat import END, PREFIX
-from shop.picture_models import IMAGE
+from shop.chat import END, IMAGE, PREFIX
 from shop.pictures import Photo
 from shop.question import facts
 
