@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,13 @@ class TorchSight:
     model_dir: Path
     token_id: int
 
+    @cached_property
+    def _model(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+
     def greedy(self, prompt: list[int], pixels: list[NDArray[np.float32]], num_tokens: int) -> list[int]:
         """The best tokens after `prompt`, whose image tokens show `pixels`, [3, height, width] each."""
-        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+        model = self._model
         ids = torch.tensor([prompt])
         with torch.no_grad():
             embedded = model.get_input_embeddings()(ids)

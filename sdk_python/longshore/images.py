@@ -38,6 +38,8 @@ __all__ = [
 MAX_SIDE_PX = 1536
 MAX_SOURCE_BYTES = 64 * 1024 * 1024
 _MAX_PNG_BYTES = 1024 * 1024  # what is larger is a photograph, of which JPEG keeps enough in a tenth
+_SMALL_PIXELS = 2**18
+_MAX_COLOURS = 4096
 _JPEG_QUALITY = 90
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _FOR_PHOTOS = ("JPEG", "MPO", "WEBP")  # MPO is a JPEG with more pictures behind the first, as phones write it
@@ -63,10 +65,15 @@ def data_url(source: ImageSource, *, max_side_px: int = MAX_SIDE_PX) -> str:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, _pillow().Resampling.BICUBIC)
     image.info = {}  # what a writer finds here it writes: colour profile, comment
-    body = b"" if is_photo else _written(image, "PNG")
+    body = b"" if is_photo or not _suits_png(image) else _written(image, "PNG")
     if 0 < len(body) <= _MAX_PNG_BYTES:
         return _url("png", body)
     return _url("jpeg", _written(image, "JPEG", quality=_JPEG_QUALITY, subsampling=0))
+
+
+def _suits_png(image: Image.Image) -> bool:
+    """A small picture, or a drawing; a large photograph takes half a second as PNG, and comes out too large."""
+    return image.width * image.height <= _SMALL_PIXELS or image.getcolors(_MAX_COLOURS) is not None
 
 
 def _url(kind: str, body: bytes) -> str:

@@ -122,6 +122,12 @@ def test_a_large_picture_is_scaled_down_and_a_small_one_never_up() -> None:
     assert opened(data_url(photo(8, 5), max_side_px=600)).size == (8, 5)
 
 
+def test_a_drawing_stays_exact_however_large() -> None:
+    drawing = Image.new("RGB", (1400, 1400), (250, 250, 240))
+    drawing.paste((10, 60, 200), (100, 100, 700, 300))
+    assert far(opened(data_url(drawing)), drawing) == 0
+
+
 def test_a_noisy_picture_is_sent_as_jpeg_within_the_wires_bound() -> None:
     noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (1600, 1600, 3), np.uint8))
     url = data_url(noise)
