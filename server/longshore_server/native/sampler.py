@@ -18,6 +18,7 @@ from longshore_server.native.sequence import Sequence
 
 # Filters look at this many of the likeliest tokens first, and at the whole vocabulary if those do not decide.
 NUM_FILTER_CANDIDATES = 256
+NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def _tokens(chosen: torch.Tensor, best: torch.Tensor) -> list[SampledToken]:
     if bool(usable.all()):
         return [SampledToken(token_id) for token_id in chosen.tolist()]
     return [
-        SampledToken(token_id, error=None if ok else "the model's logits are not finite")
+        SampledToken(token_id, error=None if ok else NOT_FINITE)
         for token_id, ok in zip(chosen.tolist(), usable.tolist(), strict=True)
     ]
 

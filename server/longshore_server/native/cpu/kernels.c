@@ -89,6 +89,7 @@ typedef struct {
     const float *features;     // [image rows, hidden]
     float *scratch;            // as scratch_floats() asks for
     float *logits;             // [samples, vocab]
+    int32_t *best;             // [samples]: each one's likeliest token, -1 where the logits are not finite
 } Step;
 
 // --- vectors ---
@@ -680,6 +681,26 @@ static void run_layer(const Model *model, const Step *step, const Buffers *buffe
     BARRIER
 }
 
+// The first of the largest numbers; -1 where one is NaN or the largest is infinite.
+static int32_t best_place(const float *numbers, int64_t count) {
+    vec best = splat(-INFINITY);
+    ivec is_nan = {};
+    int64_t i = 0;
+    for (; i < count; i += WIDTH) {
+        vec x = splat(-INFINITY);
+        if (i + WIDTH <= count) x = load(numbers + i);
+        else memcpy(&x, numbers + i, (size_t)(count - i) * sizeof *numbers);
+        is_nan |= x != x;
+        best = choose(x > best, x, best);
+    }
+    const float largest = max_lanes(best);
+    int found_nan = 0;
+    for (int lane = 0; lane < WIDTH; lane++) found_nan |= is_nan[lane];
+    if (found_nan || largest == INFINITY || largest == -INFINITY) return -1;
+    for (i = 0; numbers[i] != largest;) i++;
+    return (int32_t)i;
+}
+
 static void run_thread(const Model *model, const Step *step, const Buffers *buffers, int thread, int num_threads) {
     for (int64_t row = thread; row < step->num_rows; row += num_threads)
         embed(model, step, step->tokens[row], buffers->x + row * model->hidden);
@@ -690,6 +711,9 @@ static void run_thread(const Model *model, const Step *step, const Buffers *buff
     BARRIER
     multiply(&model->head, buffers->rows, buffers->row_stride, step->logits, model->head.num_out, step->num_samples,
              STORE, thread, num_threads);
+    BARRIER
+    for (int64_t i = thread; i < step->num_samples; i += num_threads)
+        step->best[i] = best_place(step->logits + i * model->head.num_out, model->head.num_out);
 }
 
 // Computes the rows' keys and values and the samples' logits. A sequence's rows stand in order of position.

@@ -20,18 +20,22 @@ class RotaryTable:
         self._limit = limit
         self.cosines = torch.empty(0, head_dim // 2)
         self.sines = torch.empty(0, head_dim // 2)
+        self.num_positions = 0
 
-    @torch.inference_mode()
     def cover(self, num_positions: int) -> None:
         """Makes sure that the first `num_positions` are there."""
-        if num_positions <= self.cosines.shape[0]:
-            return
+        if num_positions > self.num_positions:
+            self._grow(num_positions)
+
+    @torch.inference_mode()
+    def _grow(self, num_positions: int) -> None:
         cosines, sines = [self.cosines], [self.sines]
         for start in range(self.cosines.shape[0], num_positions, PIECE_POSITIONS):
             both = _halves(self._rotary_emb, start, min(PIECE_POSITIONS, self._limit - start))
             cosines.append(both[0])
             sines.append(both[1])
         self.cosines, self.sines = torch.cat(cosines), torch.cat(sines)
+        self.num_positions = self.cosines.shape[0]
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ It schedules nothing. Blocks keep what another owner left in them: a row reads i
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -15,7 +14,7 @@ import torch
 from longshore_server.native.cpu import structs
 from longshore_server.native.cpu.decoder import CompiledDecoder
 from longshore_server.native.model.vision import ImageFeatures
-from longshore_server.native.sampler import SampledToken, sample
+from longshore_server.native.sampler import NOT_FINITE, SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
 
@@ -28,6 +27,7 @@ class CpuRunner:
         self.decoder = decoder
         self._features = features
         self._scratch = torch.empty(0)
+        self._logits = torch.empty(0, decoder.vocab_size)
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing to clear: what stands behind a row's context is not read."""
@@ -37,21 +37,28 @@ class CpuRunner:
         results = self.run(chunks)
         return lambda: results
 
-    @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> list[SampledToken | None]:
         """Computes the chunks' KV and samples where a chunk ends its sequence; results in the chunks' order.
 
         Running the same chunks again gives the same result and the same cache: nothing else is changed.
         """
-        logits = self._forward(chunks)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        logits, best = self._forward(chunks, len(sampling))
+        if all(sequence.params.is_plain_greedy for sequence in sampling):
+            tokens = [_token(token_id) for token_id in best]
+        else:
+            with torch.inference_mode():
+                tokens = sample(logits, sampling)
         if len(sampling) == len(chunks):
-            return list(sample(logits, sampling))
-        sampled = iter(sample(logits, sampling) if sampling else ())
-        return [next(sampled) if chunk.samples else None for chunk in chunks]
+            return list(tokens)
+        left = iter(tokens)
+        return [next(left) if chunk.samples else None for chunk in chunks]
 
-    def _forward(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
-        """Logits [sampling chunks, vocab], in the chunks' order."""
+    def _forward(self, chunks: SequenceOf[Chunk], num_samples: int) -> tuple[torch.Tensor, array[int]]:
+        """Logits [sampling chunks, vocab] in the chunks' order, and the likeliest token of each, or -1.
+
+        The logits hold until the next step.
+        """
         tokens, positions, tables, blocks, samples = (array("i") for _ in range(5))
         shown: list[torch.Tensor] = []
         max_context = 0
@@ -68,26 +75,30 @@ class CpuRunner:
             max_context = max(max_context, end)
             if chunk.samples:
                 samples.append(len(tokens) - 1)
+        best = array("i", bytes(4 * num_samples))
         rotary = self.decoder.rotary
         rotary.cover(max_context)
-        logits = torch.empty(len(samples), self.decoder.vocab_size)
+        if num_samples > len(self._logits):
+            self._logits = torch.empty(num_samples, self.decoder.vocab_size)
         features = torch.cat(shown) if shown else None  # [image rows, hidden]; alive until the step is done
         step = structs.Step(
             len(tokens),
-            len(samples),
+            num_samples,
             torch.get_num_threads(),
             max_context,
             *(each.buffer_info()[0] for each in (tokens, positions, tables, blocks, samples)),
             rotary.cosines.data_ptr(),
             rotary.sines.data_ptr(),
             features=None if features is None else features.data_ptr(),
-            logits=logits.data_ptr(),
+            logits=self._logits.data_ptr(),
+            best=best.buffer_info()[0],
         )
         self._make_room(step)
         self.decoder.library.run_step(self.decoder.struct, step)
-        return logits
+        return self._logits[:num_samples], best
 
     @staticmethod
+    @torch.inference_mode()
     def _show(features: ImageFeatures, chunk: Chunk, tokens: array[int], shown: list[torch.Tensor]) -> None:
         """Puts -1 - n in place of the chunk's last tokens that the n-th of the shown rows stands for."""
         first = len(tokens) - chunk.num_tokens
@@ -98,7 +109,11 @@ class CpuRunner:
             shown.append(rows)
 
     def _make_room(self, step: structs.Step) -> None:
-        needed = self.decoder.library.scratch_floats(self.decoder.struct, ctypes.byref(step))
-        if needed > self._scratch.numel():
+        needed = self.decoder.library.scratch_floats(self.decoder.struct, step)
+        if needed > len(self._scratch):
             self._scratch = torch.empty(needed)
         step.scratch = self._scratch.data_ptr()
+
+
+def _token(token_id: int) -> SampledToken:
+    return SampledToken(token_id) if token_id >= 0 else SampledToken(0, error=NOT_FINITE)

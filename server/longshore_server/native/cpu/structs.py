@@ -70,6 +70,7 @@ class Step(Structure):
         ("features", c_void_p),
         ("scratch", c_void_p),
         ("logits", c_void_p),
+        ("best", c_void_p),
     ]
 
 

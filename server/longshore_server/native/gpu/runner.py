@@ -50,11 +50,10 @@ from longshore_server.native.gpu.triton_sampling import (
 )
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageFeatures, model_inputs, shows_image
-from longshore_server.native.sampler import SampledToken, sample
+from longshore_server.native.sampler import NOT_FINITE, SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
 
-NOT_FINITE = "the model's logits are not finite"
 SPAN_FIELDS = ("first_rows", "num_rows", "context_lens", "table_rows", "tile_spans", "tile_offsets")
 
 Results = list[SampledToken | None]
