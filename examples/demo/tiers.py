@@ -41,12 +41,12 @@ class Keys:
         return hashlib.sha256(self.api_key.encode()).hexdigest()
 
 
-def export_bundles(folder: Path) -> dict[str, Path]:
-    """Export and sign both students with the commands that an operator would type; the key lasts a day."""
+def export_bundles(folder: Path, names: tuple[str, ...] = (STUDENT, PHOTO_MODEL)) -> dict[str, Path]:
+    """Export and sign the students with the commands that an operator would type; the key lasts a day."""
     key = folder / "operator.key"
     _longshore("bundle", "keygen", str(key), "--key-id", "demo", "--days", "1")
     _longshore("bundle", "trust", "add", str(trust_store(folder)), f"{key}.pub")
-    bundles = {name: folder / name for name in (STUDENT, PHOTO_MODEL)}
+    bundles = {name: folder / name for name in names}
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(_export, bundle, key) for bundle in bundles.values()]:
             done.result()

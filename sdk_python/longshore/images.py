@@ -72,7 +72,7 @@ def data_url(source: ImageSource, *, max_side_px: int = MAX_SIDE_PX) -> str:
 
 
 def _suits_png(image: Image.Image) -> bool:
-    """A small picture, or a drawing; a large photograph takes half a second as PNG, and comes out too large."""
+    """A small picture or a drawing; a large photograph takes half a second as PNG and comes out too large."""
     return image.width * image.height <= _SMALL_PIXELS or image.getcolors(_MAX_COLOURS) is not None
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(folder: Path) -> Path:
     """The trained student, exported as a user would."""
-    return tiers.export_bundle(folder)
+    return tiers.export_bundles(folder, (tiers.STUDENT,))[tiers.STUDENT]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 
 from demo.tiers import Keys
 from longshore.tier_process import TierProcess
+from vision_bundle import make_vision_bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("0*.py"))
@@ -65,3 +66,11 @@ def test_start_tiers() -> None:
 def test_export_student(tmp_path: Path) -> None:
     printed = run("05_export_student.py", str(tmp_path))
     assert "installed at" in printed
+
+
+def test_picture(bundle: Path, tmp_path: Path) -> None:
+    """The text student with eyes that nobody taught: what it answers is noise, that it looks is not."""
+    make_vision_bundle(bundle, tmp_path / "seeing")
+    printed = run("06_picture.py", LONGSHORE_BUNDLE=str(tmp_path / "seeing"))
+    assert "read at 96 x 96 pixels (full), 36 tokens" in printed
+    assert "served by device" in printed
