@@ -23,7 +23,7 @@ VOCAB, MAX_TOKENS, NUM_PROMPT, NUM_DECODE = 8192, 512, 256, 128
 KV = {"num_layers": 8, "num_kv_heads": 2, "head_dim": 64, "max_tokens": MAX_TOKENS}
 SCRIPTS = Path(__file__).parent
 GENAI = "onnxruntime-genai int4"
-OURS = ("int4-b64", "int4-b64-p8", "int4-b128-p8", "int8")
+OURS = ("int4-b64", "int4-b128-p8", "int4-b256-p8", "int8")
 
 
 @dataclass

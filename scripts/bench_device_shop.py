@@ -1,6 +1,7 @@
 """Copy-heavy Shop answers: the device runtime guessing ahead, beside llama.cpp's plain decode.
 
     python scripts/bench_device_shop.py --peers PYTHON --work FOLDER [--kinds list] [--repeats 5]
+        [--model examples/models/shop-teacher --draft examples/models/shop-student]
 
 `--peers` is a Python that has llama-cpp-python and gguf. Whole greedy answers on one thread, prompt included,
 nothing in the cache; all engines stay loaded and take turns question by question. The table says CPU time,
@@ -55,12 +56,20 @@ def start(name: str, python: str, kind: str, path: Path, options: dict[str, Any]
     return Engine(name, subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env), size)
 
 
-def our_engines(variants: Sequence[str], work: Path) -> list[Engine]:
-    """Each variant twice: plain and guessing."""
+@dataclass(frozen=True)
+class Built:
+    """A variant of a model, and what its session needs to know."""
+
+    file: Path
+    size_bytes: int
+    options: dict[str, Any]
+
+
+def build(model: Path, variant: str, work: Path) -> Built:
     from longshore_export.checkpoint import load_checkpoint
     from longshore_export.variant import build_variant
 
-    checkpoint, out = load_checkpoint(STUDENT), []
+    checkpoint = load_checkpoint(model)
     shape = checkpoint.shape
     kv = {
         "num_layers": shape.num_layers,
@@ -68,32 +77,40 @@ def our_engines(variants: Sequence[str], work: Path) -> list[Engine]:
         "head_dim": shape.head_dim,
         "max_tokens": shape.max_tokens,
     }
-    for variant in variants:
-        built = build_variant(checkpoint, variant, work / f"shop-{variant}.onnx")
-        prefill = str(built.prefill_file) if built.prefill_file else None
-        for guess in (False, True):
-            options = {"kv": kv, "prefill": prefill, "guess": guess}
-            name = f"longshore {variant}" + ", guessing" * guess
+    built = build_variant(checkpoint, variant, work / f"{model.name}-{variant}.onnx")
+    prefill = str(built.prefill_file) if built.prefill_file else None
+    return Built(built.file, built.size_bytes, {"file": str(built.file), "kv": kv, "prefill": prefill})
+
+
+def our_engines(args: argparse.Namespace) -> list[Engine]:
+    """Each variant plain, guessing by lookup, and by a smaller model where there is one."""
+    out = []
+    for variant in args.variants:
+        built = build(args.model, variant, args.work)
+        draft = build(args.draft, variant, args.work) if args.draft else None
+        for guess in ("", "lookup", "draft") if draft else ("", "lookup"):
+            options = built.options | {"guess": guess, "draft": draft.options if draft else None}
+            name = f"longshore {variant}" + f", {guess}" * bool(guess)
             engine = start(name, sys.executable, "longshore", built.file, options, built.size_bytes)
             engine.plain = f"longshore {variant}" if guess else None
             out.append(engine)
     return out
 
 
-def peer_engines(peers: str, work: Path) -> list[Engine]:
-    config = json.loads((STUDENT / "config.json").read_text())
+def peer_engines(peers: str, model: Path, work: Path) -> list[Engine]:
+    config = json.loads((model / "config.json").read_text())
     options = {"vocab_size": config["vocab_size"], "max_tokens": config["max_position_embeddings"]}
     out = []
     for form in FORMS:
-        file = work / f"shop-{form}.gguf"
+        file = work / f"{model.name}-{form}.gguf"
         if not file.exists():
             maker = SCRIPTS / "bench_device_gguf.py"
-            subprocess.run([peers, str(maker), str(STUDENT), form, str(file)], check=True)
+            subprocess.run([peers, str(maker), str(model), form, str(file)], check=True)
         out.append(start(f"llama.cpp {form}", peers, "llama", file, options, file.stat().st_size))
     return out
 
 
-def load_questions(kinds: Sequence[str], num_per_kind: int, work: Path) -> tuple[list[Any], Any]:
+def load_questions(model: Path, kinds: Sequence[str], num_per_kind: int, work: Path) -> tuple[list[Any], Any]:
     """Held-out examples of these kinds, and the tokenizer."""
     from tokenizers import Tokenizer
 
@@ -107,8 +124,8 @@ def load_questions(kinds: Sequence[str], num_per_kind: int, work: Path) -> tuple
     lines = list(task_lines("heldout", num_per_kind, 0))
     wanted = [line for number, line in enumerate(lines) if KINDS[number // num_per_kind] in kinds]
     (work / "questions.jsonl").write_text("\n".join(wanted))
-    tokenizer = Tokenizer.from_file(str(STUDENT / "tokenizer.json"))
-    return load_task(work / "questions.jsonl", tokenizer, read_chat_template(STUDENT)), tokenizer
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return load_task(work / "questions.jsonl", tokenizer, read_chat_template(model)), tokenizer
 
 
 def measure(engines: Sequence[Engine], questions: Sequence[Any], stop: Sequence[int], repeats: int) -> None:
@@ -150,6 +167,8 @@ def report(engines: Sequence[Engine], questions: Sequence[Any], tokenizer: Any) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", required=True, help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--model", type=Path, default=STUDENT)
+    parser.add_argument("--draft", type=Path, help="a smaller model with the same tokens, which guesses too")
     parser.add_argument("--kinds", nargs="+", default=["list"])
     parser.add_argument("--num-per-kind", type=int, default=20)
     parser.add_argument("--variants", nargs="+", default=["int4-b64", "int4-b64-p8", "fp32"])
@@ -157,9 +176,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    questions, tokenizer = load_questions(args.kinds, args.num_per_kind, args.work)
-    stop = [json.loads((STUDENT / "config.json").read_text())["eos_token_id"]]
-    engines = our_engines(args.variants, args.work) + peer_engines(args.peers, args.work)
+    questions, tokenizer = load_questions(args.model, args.kinds, args.num_per_kind, args.work)
+    stop = [json.loads((args.model / "config.json").read_text())["eos_token_id"]]
+    engines = our_engines(args) + peer_engines(args.peers, args.model, args.work)
     try:
         measure(engines, questions, stop, args.repeats)
         lengths = [len(question.prompt) for question in questions]

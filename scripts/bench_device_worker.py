@@ -36,15 +36,21 @@ def open_session(path: str, options: dict[str, Any]) -> Any:
 
 
 def longshore_answers(path: str, options: dict[str, Any]) -> Answer:
-    """Whole answers by the device runtime's own loop, with or without guessing; the cache starts empty."""
+    """Whole answers by the device runtime's own loop; the cache starts empty."""
     from longshore.device.generate import GeneratedToken, Generator, Job
     from longshore.device.sampling import SamplingSettings
-    from longshore.device.speculate import PromptLookup
+    from longshore.device.speculate import DraftModel, PromptLookup, Proposer
 
     session, greedy = open_session(path, options), SamplingSettings(temperature=0.0)
+    draft = open_session(options["draft"]["file"], options["draft"]) if options["guess"] == "draft" else None
+
+    def proposer() -> Proposer | None:
+        if draft is not None:
+            return DraftModel(draft)
+        return PromptLookup() if options["guess"] else None
 
     def answer(prompt: list[int], stop: list[int], max_tokens: int) -> list[int]:
-        generator = Generator(session, 256, PromptLookup() if options["guess"] else None)
+        generator = Generator(session, 256, proposer())
         told: list[GeneratedToken] = []
         job = Job(
             prompt=tuple(prompt),

@@ -9,19 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from longshore.bundle import load_bundle
 from longshore.device.session import DecoderSession
 from longshore.errors import ConfigError, ExportError
-from longshore_export import gate
+from longshore_export import gate, quantize_recipe
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import Checkpoint, load_checkpoint
 from longshore_export.cli import register
 from longshore_export.gate import Candidate, greedy_answers, kv_geometry, pass_gate
 from longshore_export.graph import round_plainly
 from longshore_export.quantize import BlockFormat, round_blocks
+from longshore_export.quantize_emulate import emulate
 from longshore_export.quantize_gptq import GptqRounding, measure_moments, round_by_moments
+from longshore_export.quantize_mixed import divergence, mixed_by_layer, piece_divergences, piece_sizes
+from longshore_export.quantize_recipe import RECIPES
 from longshore_export.task import load_task
 from longshore_export.variant import build_variant
 from tiny_models import config_of, write_model
@@ -76,15 +80,23 @@ def test_the_smallest_that_passes_is_chosen(checkpoint: Checkpoint, task_file: P
 
 
 def test_the_command_records_the_verdict(
-    checkpoint: Checkpoint, task_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Checkpoint,
+    task_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    few = {name: RECIPES[name] for name in ("fp32", "int8", "int4-b32", "int4-b256-p8")}  # all take long
+    monkeypatch.setattr(quantize_recipe, "RECIPES", few)
     options = ["--gate", "100", "--task", task_file, "--calibrate", task_file]
     assert run("--model", checkpoint.folder, "--out", tmp_path / "out", *options) == 0
     manifest = load_bundle(tmp_path / "out")
     assert manifest.variants[0].precision == "int4"
     assert manifest.capabilities["gate_num_examples"] == 6
     assert manifest.capabilities["gate_max_points_lost"] == 100.0
-    assert f"{manifest.variants[0].name} {manifest.capabilities['rounding']}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{manifest.variants[0].name} {manifest.capabilities['rounding']}" in printed
+    assert "layers-b64 gptq" in printed
 
 
 def test_calibrated_rounding_is_nearer_on_what_it_saw(checkpoint: Checkpoint) -> None:
@@ -100,6 +112,26 @@ def test_calibrated_rounding_is_nearer_on_what_it_saw(checkpoint: Checkpoint) ->
     plain, calibrated = (float(np.einsum("oi,ij,oj->", error, seen, error)) for error in errors)
     assert calibrated < 0.8 * plain
     assert GptqRounding({})("layer0.o", matrix, form).dequantized().shape == matrix.shape
+
+
+def test_what_moves_answers_most_for_its_size_keeps_eight_bits(tmp_path: Path) -> None:
+    model = load_checkpoint(write_model(tmp_path / "model", config_of("llama"), seed=1)).model
+    with torch.no_grad():  # layer 1 matters little, whatever its rounding
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_submodule(f"model.layers.1.{name}").weight.mul_(1e-3)
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(0, model.config.vocab_size, 24).tolist() for _ in range(3)]
+    sizes, moved = piece_sizes(model), piece_divergences(model, texts, round_plainly)
+    assert sum(sizes.values()) == sum(p.numel() for n, p in model.named_parameters() if "norm" not in n)
+    assert moved["layer0"] > 3 * moved["layer1"] > 0
+    recipe = mixed_by_layer(model, texts, round_plainly)
+    assert {part.partition(".")[0] for part in recipe.exceptions} == {"layer0"}
+    assert recipe.head is not None and recipe.head.bits == 4  # half of the weights, over the share
+    plain = [model(torch.tensor([text])).logits[0].log_softmax(-1).detach() for text in texts]
+    mixed, four = (
+        divergence(plain, emulate(model, one, round_plainly), texts) for one in (recipe, RECIPES["int4-b64"])
+    )
+    assert mixed < four
 
 
 @pytest.mark.parametrize(

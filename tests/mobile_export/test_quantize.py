@@ -22,7 +22,7 @@ from longshore_export.quantize_recipe import RECIPES
 from longshore_export.verify import check_rounded_parity
 from tiny_models import config_of, write_model
 
-QUANTIZED = ("int8", "int4-b128", "int4-b64-p8", "mixed-b64")
+QUANTIZED = ("int8", "int4-b256", "int4-b64-p8", "mixed-b64")
 
 
 @pytest.fixture(scope="module")
