@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,7 +51,9 @@ def spread_engine(make_engine: Callable[..., NativeEngine]) -> Iterator[Callable
 
 @torch.inference_mode()
 def _logits(config: EngineConfig) -> torch.Tensor:
-    """Logits [1, vocab] after a prompt that is computed in one pass."""
+    """Logits [1, vocab] after a prompt that is computed in one pass, of transformers' class on one rank."""
+    if config.may_be_compiled:
+        config = dataclasses.replace(config, fuse_layers=False)
     built, group = build_on_ranks(config)
     sequence = Sequence("r", PROMPT, SamplingParams(max_tokens=1), max_model_len=256)
     sequence.block_table = list(range(10))
