@@ -110,7 +110,7 @@ def shards(make: Callable[[int], Shard], num_processes: int, stopped: threading.
         while not stopped.is_set():
             while len(waiting) < num_processes * SHARDS_AHEAD:
                 waiting.append(pool.submit(_write_shard, next(numbers), Path(folder), make))
-            yield _taken(waiting.popleft().result())
+            yield _taken(waiting.popleft().result(POOL_DEADLINE_S))
         pool.shutdown(cancel_futures=True)
 
 
@@ -222,7 +222,7 @@ class PhotoPool:
 
     def close(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(POOL_DEADLINE_S)
 
 
 def resizer(side_px: int, size_px: int) -> np.ndarray:
