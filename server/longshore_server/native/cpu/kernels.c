@@ -6,6 +6,7 @@
 // the processor's are shorter the compiler cuts them up.
 
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -33,6 +34,7 @@
 #define ROW_BLOCK 96      // rows whose inputs stay in a core's own cache while a panel is multiplied
 #define MAX_GROUP 4       // query heads of one KV head that are computed together
 #define WORDS_AHEAD 2048  // how far ahead of its use a weight is fetched
+#define LOOKS_BEFORE_YIELD 4000  // some microseconds
 #if WIDTH == 16
 #define MAX_ROWS 12     // of a tile
 #define KEY_TILES 4     // tiles of LANES keys that are scored together
@@ -597,6 +599,11 @@ static void attend(const Model *model, const Layer *layer, const Step *step, int
 // --- the step ---
 
 typedef struct {
+    int arrived, round;
+} Meeting;
+
+typedef struct {
+    Meeting *meeting;
     float *x;     // [rows, hidden]: the residual
     float *rows;  // [rows, row_stride]: inputs of a product
     float *wide;  // [rows, heads + 2 kv_heads, head_dim], later [rows, row_stride]
@@ -629,11 +636,18 @@ int64_t scratch_floats(const Model *model, const Step *step) {
     return (buffers.thread_scratch - buffers.x) + step->num_threads * buffers.thread_floats;
 }
 
-#ifdef _OPENMP
-#define BARRIER _Pragma("omp barrier")
-#else
-#define BARRIER
-#endif
+// Waits until all threads are here. After a short while it gives way: the one that is late may need this processor.
+static void meet(Meeting *meeting, int num_threads) {
+    if (num_threads == 1) return;
+    const int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == num_threads) {
+        __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&meeting->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int looks = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; looks++)
+        if (looks >= LOOKS_BEFORE_YIELD) sched_yield();
+}
 
 static void normalize_rows(const Model *model, const Buffers *buffers, const float *weight, int64_t num_rows, int thread,
                            int num_threads) {
@@ -655,30 +669,30 @@ static void run_layer(const Model *model, const Step *step, const Buffers *buffe
     const int64_t stride = buffers->row_stride, hidden = model->hidden;
     int64_t num_rows = step->num_rows;
     normalize_rows(model, buffers, layer->input_norm, num_rows, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     multiply(&layer->qkv, buffers->rows, stride, buffers->wide, buffers->qkv_size, num_rows, STORE, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     for (int64_t row = thread; row < num_rows; row += num_threads)
         place_row(model, layer, step, row, buffers->wide + row * buffers->qkv_size);
     if (is_last) {
         num_rows = step->num_samples;
         if (thread == 0) keep_samples(model, step, buffers);
     }
-    BARRIER
+    meet(buffers->meeting, num_threads);
     for (int64_t item = thread; item < num_rows * model->num_kv_heads; item += num_threads) {
         const int64_t place = item / model->num_kv_heads, row = is_last ? step->samples[place] : place;
         attend(model, layer, step, row, item % model->num_kv_heads, buffers->wide + row * buffers->qkv_size,
                buffers->rows + place * stride, buffers->thread_scratch + thread * buffers->thread_floats);
     }
-    BARRIER
+    meet(buffers->meeting, num_threads);
     multiply(&layer->output, buffers->rows, stride, buffers->x, hidden, num_rows, ADD, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     normalize_rows(model, buffers, layer->post_norm, num_rows, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     multiply(&layer->gate_up, buffers->rows, stride, buffers->wide, stride, num_rows, SILU_MULTIPLY, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     multiply(&layer->down, buffers->wide, stride, buffers->x, hidden, num_rows, ADD, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
 }
 
 // The first of the largest numbers; -1 where one is NaN or the largest is infinite.
@@ -704,21 +718,23 @@ static int32_t best_place(const float *numbers, int64_t count) {
 static void run_thread(const Model *model, const Step *step, const Buffers *buffers, int thread, int num_threads) {
     for (int64_t row = thread; row < step->num_rows; row += num_threads)
         embed(model, step, step->tokens[row], buffers->x + row * model->hidden);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     for (int64_t i = 0; i < model->num_layers; i++)
         run_layer(model, step, buffers, model->layers + i, i == model->num_layers - 1, thread, num_threads);
     normalize_rows(model, buffers, model->final_norm, step->num_samples, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     multiply(&model->head, buffers->rows, buffers->row_stride, step->logits, model->head.num_out, step->num_samples,
              STORE, thread, num_threads);
-    BARRIER
+    meet(buffers->meeting, num_threads);
     for (int64_t i = thread; i < step->num_samples; i += num_threads)
         step->best[i] = best_place(step->logits + i * model->head.num_out, model->head.num_out);
 }
 
 // Computes the rows' keys and values and the samples' logits. A sequence's rows stand in order of position.
 void run_step(const Model *model, const Step *step) {
-    const Buffers buffers = place_buffers(model, step);
+    Meeting meeting = {0, 0};
+    Buffers buffers = place_buffers(model, step);
+    buffers.meeting = &meeting;
 #ifdef _OPENMP
 #pragma omp parallel num_threads((int)step->num_threads)
     run_thread(model, step, &buffers, omp_get_thread_num(), omp_get_num_threads());
