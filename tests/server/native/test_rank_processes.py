@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -14,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.distributed import FileStore
 
 from core_processes import tiny_model_folder
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
 from longshore_server.native.errors import RanksLostError
+from longshore_server.native.ranks.group import MeetingPlace
 
 PROMPT = list(range(40, 60))
 PARAMS = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -102,3 +106,17 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="elsewhere it is a folder")
+def test_a_store_that_is_collected_late_writes_into_no_other_file(tmp_path: Path) -> None:
+    """Torch writes into the path once more at the end of a store."""
+    place = MeetingPlace()
+    store = FileStore(str(place.path), 2)
+    store.set("here", "1")
+    place.close()
+    with contextlib.ExitStack() as files:  # would take over a number that became free
+        opened = [files.enter_context(open(tmp_path / f"{n}", "w+b")) for n in range(64)]
+        del store
+        gc.collect()
+        assert all(not Path(file.name).stat().st_size for file in opened)

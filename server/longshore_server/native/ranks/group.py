@@ -74,7 +74,9 @@ def start_process(peer: socket.socket) -> RankHandle:
 class MeetingPlace:
     """A file through which the ranks find each other at the start; only this user can open it.
 
-    On Linux it is memory with a name under /proc, so an engine that is killed leaves nothing behind.
+    On Linux it is memory with a name under /proc, so an engine that is killed leaves nothing behind. Its
+    descriptor stays open as long as this process: torch writes into the path again whenever a store is
+    collected, and by then the number must not name another file.
     """
 
     def __init__(self) -> None:
@@ -87,10 +89,7 @@ class MeetingPlace:
         )
 
     def close(self) -> None:
-        """Harmless when repeated."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """Takes the file away where it has a folder; harmless when repeated."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
