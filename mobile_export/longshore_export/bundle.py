@@ -22,6 +22,7 @@ from longshore.wire import (
 from longshore_export.chat_table import read_chat_template
 from longshore_export.checkpoint import AnyCheckpoint, Graph, open_checkpoint
 from longshore_export.graph import MIN_ONNXRUNTIME, OPSET, Rounding, round_plainly
+from longshore_export.quantize_recipe import Recipe
 from longshore_export.variant import BuiltVariant, build_variant
 from longshore_export.verify import Parity
 from longshore_export.vision.shape import ENCODER_NAME
@@ -50,7 +51,7 @@ def export_student(
     version: int = 1,
     max_tokens: int | None = None,
     signing_key: SigningKey | None = None,
-    variant: str = "fp32",
+    variant: str | Recipe = "fp32",
     graph: Graph | None = None,
     rounding: Rounding = round_plainly,
     encoder: str = "fp32",
@@ -58,9 +59,9 @@ def export_student(
 ) -> Exported:
     """Export a Hugging Face folder to a bundle; `name` is the folder's unless it is given.
 
-    `variant` is one of `quantize_recipe.RECIPES`; `graph` says how the graph is made, by default built where
-    the builder knows the model and traced where not; `encoder`, of a model that sees, is "fp32" or "int8",
-    and its graph stands beside the decoder's. `capabilities` go into the manifest beside its own.
+    `variant` is one of `quantize_recipe.RECIPES` or a recipe; `graph` says how the graph is made, by default
+    built where the builder knows the model and traced where not; `encoder`, of a model that sees, is "fp32"
+    or "int8", and its graph stands beside the decoder's. `capabilities` go into the manifest beside its own.
     A bundle already at `out_dir` is replaced, anything else there is left alone and refused. Raises
     ExportError or a subclass, ParityError where graph and torch differ; nothing is written then.
     """

@@ -57,7 +57,6 @@ def _student(args: argparse.Namespace) -> int:
             f"export needs more packages ({error.name} is missing): install longshore[export]"
         ) from None
     verdict = gate_cli.choose(args)
-    variant = verdict.chosen.candidate.variant if verdict else args.variant
     exported = export_student(
         args.model,
         args.out,
@@ -65,7 +64,7 @@ def _student(args: argparse.Namespace) -> int:
         version=args.version,
         max_tokens=args.max_tokens,
         signing_key=_signing_key(args),
-        variant=variant,
+        variant=verdict.chosen.candidate.wanted if verdict else args.variant,
         graph=args.graph,
         rounding=verdict.chosen.candidate.rounding if verdict else round_plainly,
         encoder=verdict.encoder if verdict else args.encoder or "fp32",
@@ -73,6 +72,7 @@ def _student(args: argparse.Namespace) -> int:
     )
     manifest, parity = exported.manifest, exported.parity
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
+    variant = manifest.variants[0].name
     how = f"{variant}, {manifest.variants[0].graph}"
     print(f"{exported.path}: {manifest.name} {manifest.version}, {how}, {size_mb:.1f} MB")
     greedy = f", {parity.num_greedy_tokens} greedy tokens equal" if parity.num_greedy_tokens else ""

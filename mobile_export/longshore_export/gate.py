@@ -20,7 +20,7 @@ from longshore.errors import ExportError
 from longshore.wire import KvGeometry
 from longshore_export.checkpoint import AnyCheckpoint
 from longshore_export.graph import Rounding
-from longshore_export.quantize_recipe import FP32, INT8
+from longshore_export.quantize_recipe import FP32, INT8, Recipe
 from longshore_export.task import Example
 from longshore_export.variant import build_variant
 from longshore_export.vision.task import Picture
@@ -38,6 +38,12 @@ class Candidate:
     variant: str
     method: str
     rounding: Rounding
+    recipe: Recipe | None = None  # of a variant that was made for this model
+
+    @property
+    def wanted(self) -> str | Recipe:
+        """What the export takes."""
+        return self.recipe or self.variant
 
     @property
     def label(self) -> str:
@@ -169,7 +175,7 @@ def _measured(
     seen: tuple[PictureEncoder, int] | None,
 ) -> Row:
     file = work_dir / "gate.onnx"
-    built = build_variant(checkpoint, candidate.variant, file, candidate.rounding)
+    built = build_variant(checkpoint, candidate.wanted, file, candidate.rounding)
     size_bytes = built.size_bytes
     geometry = checkpoint.vision.shape.geometry if checkpoint.vision else None
     session = DecoderSession(file, kv_geometry(checkpoint), 1, built.prefill_file, geometry)

@@ -61,6 +61,7 @@ def _candidates(checkpoint: AnyCheckpoint, tokenizer: Any, known: list[Example])
     from longshore_export.gate import Candidate
     from longshore_export.graph import round_plainly
     from longshore_export.quantize_gptq import GptqRounding, measure_moments
+    from longshore_export.quantize_mixed import mixed_by_layer
     from longshore_export.quantize_recipe import RECIPES
 
     if isinstance(checkpoint, TracedCheckpoint):
@@ -73,9 +74,11 @@ def _candidates(checkpoint: AnyCheckpoint, tokenizer: Any, known: list[Example])
             _calibration_text(checkpoint, tokenizer, example) for example in known[:MAX_CALIBRATION_EXAMPLES]
         ]
         gptq = GptqRounding(measure_moments(checkpoint.model, texts))
+        mixed = mixed_by_layer(checkpoint.model, texts, gptq)
         out += [
             Candidate(name, "gptq", gptq) for name, recipe in RECIPES.items() if recipe.precision == "int4"
         ]
+        out.append(Candidate(mixed.name, "gptq", gptq, mixed))
     return out
 
 

@@ -35,21 +35,24 @@ class BuiltVariant:
         return sum(file.stat().st_size for file in files)
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of a variant; ExportError naming those there are."""
+def find_recipe(name: str | Recipe) -> Recipe:
+    """The recipe of a variant, which may be one already; ExportError naming those there are."""
+    if isinstance(name, Recipe):
+        return name
     if name not in RECIPES:
         raise ExportError(f"there is no variant {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
 def build_variant(
-    checkpoint: AnyCheckpoint, name: str, file: Path, rounding: Rounding = round_plainly
+    checkpoint: AnyCheckpoint, variant: str | Recipe, file: Path, rounding: Rounding = round_plainly
 ) -> BuiltVariant:
-    """Write the graph of variant `name` to `file`; ParityError where it doesn't compute what it should.
+    """Write the graph of a variant, by name or recipe, to `file`.
 
     A graph for prompts, where the variant has one, is written beside it and reads its weights from `file`.
+    Raises ParityError where a graph doesn't compute what it should.
     """
-    recipe = find_recipe(name)
+    recipe = find_recipe(variant)
     if isinstance(checkpoint, TracedCheckpoint):
         return _traced_variant(checkpoint, recipe, file, rounding)
     model = _graph(checkpoint, recipe, rounding)
@@ -60,7 +63,7 @@ def build_variant(
     else:
         parity = check_rounded_parity(file, checkpoint, emulate(checkpoint.model, recipe, rounding))
     if not recipe.has_prefill:
-        return BuiltVariant(name, recipe.precision, file, required_operators(model), parity)
+        return BuiltVariant(recipe.name, recipe.precision, file, required_operators(model), parity)
     prefill = _graph(checkpoint, recipe.prefill(), rounding)
     share_constants(prefill, file.name, body)
     prefill_file = file.with_name(f"{file.stem}.prefill.onnx")
@@ -68,7 +71,7 @@ def build_variant(
     emulated = emulate(checkpoint.model, recipe.prefill(), rounding)
     check_rounded_parity(prefill_file, checkpoint, emulated)
     operators = sorted({*required_operators(model), *required_operators(prefill)})
-    return BuiltVariant(name, recipe.precision, file, tuple(operators), parity, prefill_file)
+    return BuiltVariant(recipe.name, recipe.precision, file, tuple(operators), parity, prefill_file)
 
 
 def _traced_variant(
