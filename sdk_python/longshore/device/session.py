@@ -1,4 +1,4 @@
-"""The ONNX Runtime session of a built graph, over one KV buffer that it owns.
+"""The ONNX Runtime session of a graph, built or traced, over one KV buffer that it owns.
 
 Knows tokens and logits, neither text nor requests. Runs in the model process; onnxruntime is imported here
 and only when a session is made.
