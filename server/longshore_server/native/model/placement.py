@@ -16,7 +16,7 @@ from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
 from longshore_server.native.model.build import LayerFinisher
 from longshore_server.native.model.materialize import build_on_meta, fill_buffers
-from longshore_server.native.model.shard import SafetensorsSlices, fill, fill_random
+from longshore_server.native.model.shard import StreamedSlices, fill, fill_random
 from longshore_server.native.model.tensor_parallel import TensorParallelPlan, check_heads, connect
 from longshore_server.native.model.vision import is_seeing
 from longshore_server.native.ranks.links import RankLinks
@@ -66,8 +66,8 @@ def build_share(
             whole = build_on_meta(hf_config, dtype)
             fill_random(model, plan, whole, device, config.seed, finisher.finish_part)
         else:
-            with SafetensorsSlices(folder, dtype, device) as take:
-                fill(model, plan, take, finisher.finish_part)
+            with StreamedSlices(model, plan, folder, dtype, device) as weights:
+                fill(model, plan, weights, finisher.finish_part)
     fill_buffers(model, device)
     finisher.finish_model()
     return model

@@ -1,39 +1,37 @@
 """Fills one rank's share of a model: slices read from safetensors, or cut from seeded random weights.
 
-A rank reads and holds its own slices only. It never runs the model and never talks to another rank.
+A rank holds its own slices only. It never runs the model and never talks to another rank.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from longshore_server.native.errors import ModelLoadError
 from longshore_server.native.model.materialize import parts
 from longshore_server.native.model.random_weights import RandomWeights
+from longshore_server.native.model.safetensors_index import Place, locate
+from longshore_server.native.model.stream import WeightStream
 from longshore_server.native.model.tensor_parallel import Slice, TensorParallelPlan
 
-# Gives a parameter's slice (the whole of it for None) on the device, in the model's dtype.
-TakeSlice = Callable[[str, Slice | None], torch.Tensor]
 # Told of each part of `materialize.parts` once it has its weights: its place among them, and its label.
 Filled = Callable[[int, str], None]
 
 
-def fill(model: PreTrainedModel, plan: TensorParallelPlan | None, take: TakeSlice, filled: Filled) -> None:
-    """Gives a model on the meta device this rank's weights; raises ModelLoadError when one is missing."""
+def fill(
+    model: PreTrainedModel, plan: TensorParallelPlan | None, weights: StreamedSlices, filled: Filled
+) -> None:
+    """Gives a model on the meta device this rank's weights; raises ModelLoadError when one can't be read."""
     for index, (label, parameters) in enumerate(parts(model)):
-        for name, parameter in parameters.items():
-            if name not in model.all_tied_weights_keys:
-                part = plan.slice_of(name, parameter.shape) if plan else None
-                _set(model, name, take(name, part), parameter.shape)
+        for name, tensor in weights.part(index).items():
+            _set(model, name, tensor, parameters[name].shape)
         if not label:
             _tie(model, plan)
         filled(index, label)
@@ -92,43 +90,69 @@ def _set(model: nn.Module, name: str, weight: torch.Tensor, whole_shape: torch.S
         module.padding_idx = None
 
 
-class SafetensorsSlices:
-    """Slices of the weights in a folder, each read from its file's mapping without the rest."""
+class StreamedSlices:
+    """This rank's slices of the weights in a folder, each part read ahead while the one before is finished.
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._folder = folder
+    Of a slice of rows no other byte is read; one of columns is cut from the whole weight on the device. A
+    context manager. Before it reads, it raises ModelLoadError for a weight that is missing or misshapen.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: TensorParallelPlan | None,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self._dtype = dtype
-        self._device = device
-        self._file_of: dict[str, Any] = {}
-        self._open_files = ExitStack()
-        for path in weight_files(folder):
-            file = self._open_files.enter_context(safe_open(path, framework="pt"))
-            self._file_of |= dict.fromkeys(file.keys(), file)
+        self._cuts: dict[str, Slice | None] = {}
+        self._parts: list[list[str]] = []
+        found, places = locate(folder), {}
+        for _, parameters in parts(model):
+            self._parts.append([name for name in parameters if name not in model.all_tied_weights_keys])
+            for name in self._parts[-1]:
+                place = _checked(folder, found, name, parameters[name].shape)
+                self._cuts[name] = cut = plan.slice_of(name, parameters[name].shape) if plan else None
+                places[name] = _rows_of(place, cut) if cut is not None and cut.dim == 0 else place
+        self._stream = WeightStream(places, device)
+        self._num_started = 0
 
-    def __enter__(self) -> SafetensorsSlices:
+    def __enter__(self) -> StreamedSlices:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._open_files.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stream.__exit__(*error)
 
-    def __call__(self, name: str, part: Slice | None) -> torch.Tensor:
-        if name not in self._file_of:
-            raise ModelLoadError(f"{self._folder} lacks the weight {name}")
-        source = self._file_of[name].get_slice(name)
-        if part is None:
-            read = source[:]
-        elif part.dim == 0:
-            read = source[part.start : part.stop]
-        else:
-            read = source[:, part.start : part.stop]
-        moved = read.to(self._device, self._dtype)
-        return (part.padded(moved) if part else moved).contiguous()
+    def part(self, index: int) -> dict[str, torch.Tensor]:
+        """The slices of one of `materialize.parts`, to be asked for in their order."""
+        while self._num_started < min(index + 2, len(self._parts)):
+            self._stream.start(str(self._num_started), self._parts[self._num_started])
+            self._num_started += 1
+        read = self._stream.take(str(index))
+        return {name: self._cut(self._cuts[name], read.pop(name)) for name in self._parts[index]}
+
+    def _cut(self, cut: Slice | None, read: torch.Tensor) -> torch.Tensor:
+        if cut is None:
+            return read.to(self._dtype)
+        mine = read if cut.dim == 0 else read[:, cut.start : cut.stop]
+        return cut.padded(mine.to(self._dtype)).contiguous()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names, or all of them."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    names = json.loads(index.read_bytes())["weight_map"].values()
-    return sorted({folder / Path(name).name for name in names})
+def _checked(folder: Path, found: Mapping[str, Place], name: str, shape: torch.Size) -> Place:
+    if name not in found:
+        raise ModelLoadError(f"{folder} lacks the weight {name}")
+    if found[name].shape != tuple(shape):
+        raise ModelLoadError(f"{folder} has {name} in the shape {list(found[name].shape)}, not {list(shape)}")
+    return found[name]
+
+
+def _rows_of(place: Place, cut: Slice) -> Place:
+    """Where rows `start` to `stop` of a weight lie."""
+    row_bytes = place.num_bytes // place.shape[0]
+    return replace(
+        place,
+        offset=place.offset + cut.start * row_bytes,
+        num_bytes=(cut.stop - cut.start) * row_bytes,
+        shape=(cut.stop - cut.start, *place.shape[1:]),
+    )
