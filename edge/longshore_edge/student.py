@@ -145,12 +145,12 @@ class EdgeStudent:
         if self._calibration is None:
             return None
         try:
-            num_prompt_tokens = self._student.count_prompt_tokens(request)
+            ttft_s = self._student.expected_ttft_s(request)
         except LongshoreError:
             return None
-        prior_s = self._calibration.expected_total_s(num_prompt_tokens, _TYPICAL_TOKENS)
+        prior_s = ttft_s + self._calibration.expected_total_s(0, _TYPICAL_TOKENS)
         answer_s = self._answer_s.value_s(time.monotonic()) or prior_s
-        return self._calibration.expected_ttft_s(num_prompt_tokens) + self._num_in_flight * answer_s
+        return ttft_s + self._num_in_flight * answer_s
 
     async def answer(self, call: Call, reason: str, *, is_degraded: bool) -> WholeAnswer | StreamAnswer:
         """The answer to `call`; its first token is there when this returns. Raises what the model raises."""

@@ -102,6 +102,20 @@ class Student:
         prompts, _ = read_prompts(request, self.manifest, self._texts(), self._image_policy(None))
         return sum(map(len, prompts))
 
+    def expected_ttft_s(self, request: AnyRequest) -> float:
+        """Time to the first token while nothing else is asked, in seconds: reading pictures, then the prompt.
+
+        Raises as `count_prompt_tokens`, and DeviceError before the first start has measured anything.
+        """
+        calibration = self._calibration
+        if calibration is None:
+            raise DeviceError("this student was not measured yet")
+        prompts, images = read_prompts(request, self.manifest, self._texts(), self._image_policy(None))
+        vision = self.vision_calibration
+        image_ms = sum(vision.encode_ms(image.use.width_px * image.use.height_px) for image in images)
+        image_ms += self._decode_ms_per_pixel * sum(image.num_pixels for image in images)
+        return calibration.expected_ttft_s(sum(map(len, prompts))) + image_ms / 1e3
+
     @property
     def vision_calibration(self) -> VisionCalibration:
         """What pictures cost here: measured at the last start and with each since; before that, a guess."""

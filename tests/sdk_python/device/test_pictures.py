@@ -24,6 +24,7 @@ from longshore.errors import (
     BodyTooLargeError,
     BundleDamagedError,
     BundleIncompatibleError,
+    DeviceError,
     InvalidImageError,
     InvalidRequestError,
     LongshoreError,
@@ -287,6 +288,20 @@ def test_every_picture_refines_the_measurement(seeing: Student) -> None:
     assert after != before and after.prefill_tokens_per_s == before.prefill_tokens_per_s
     list(seeing.stream(ask(shown(picture(40)), said("?"))))
     assert seeing.vision_calibration == after  # which was not encoded again
+
+
+def test_what_is_expected_counts_pictures(seeing: Student) -> None:
+    words, calibration = ask(said("What is this?")), seeing.calibration
+    assert calibration is not None
+    plain_s = seeing.expected_ttft_s(words)
+    assert plain_s == calibration.expected_ttft_s(seeing.count_prompt_tokens(words))
+    small, large = (ask(shown(picture(50), detail), said("What is this?")) for detail in ("low", "high"))
+    of_tokens_s = calibration.expected_ttft_s(seeing.count_prompt_tokens(large))
+    assert plain_s < seeing.expected_ttft_s(small) < seeing.expected_ttft_s(large)
+    assert seeing.expected_ttft_s(large) > of_tokens_s
+    fresh = Student(seeing._bundle_dir)
+    with pytest.raises(DeviceError):
+        fresh.expected_ttft_s(words)
 
 
 def test_calibration_takes_the_two_sizes_that_the_budget_has() -> None:
