@@ -1,7 +1,7 @@
 /** The page: wires the form to the assistant and shows who answered, how fast, and why. */
 
 import { Assistant } from "./client/assistant.mjs";
-import { openBundle } from "./client/bundle.mjs";
+import { openBundle, openKept } from "./client/bundle.mjs";
 import { Edge } from "./client/edge.mjs";
 import { LongshoreError } from "./client/errors.mjs";
 import { BrowserStore } from "./client/store.mjs";
@@ -33,14 +33,24 @@ async function loadRuntime() {
   return ort;
 }
 
+/** The edge's version; where that is refused or breaks, the one that ran on the last visit. */
 async function open() {
   say("Checking the bundle");
-  const bundle = await openBundle(edge, config.bundle, config.trusted_keys, new BrowserStore());
+  const keeper = [config.bundle, config.trusted_keys, new BrowserStore()];
+  try {
+    return await start(await openBundle(edge, ...keeper));
+  } catch (error) {
+    return await start(await openKept(error, ...keeper));
+  }
+}
+
+async function start(bundle) {
   const { manifest } = bundle;
   const variant = chooseVariant(manifest, config.precisions);
   const tokenizer = await bundle.read(manifest.tokenizer_file);
   const graph = await bundle.read(variant.file, showProgress);
   const student = await Student.open(await loadRuntime(), manifest, graph, tokenizer, { executionProviders: ["wasm"] });
+  await bundle.keep();
   modelDigest = manifest.model_digest;
   const size = (graph.length / 1e6).toFixed(1);
   say(`${manifest.name} ${manifest.version} is ready on this device (${variant.name}, ${size} MB, signed by ${manifest.key_id})`);

@@ -74,6 +74,7 @@ def test_what_is_not_to_be_trusted_is_refused(phone: Phone) -> None:
     )
     assert [no_key, revoked, expired, other] == [{"error": "bundle_invalid"}] * 4
     assert phone.act("update", "nowhere") == {"error": "not_found"}
+    assert phone.act("update", "shop-student", runtime="1.23.9") == {"error": "bundle_incompatible"}
     assert phone.act("update", "shop-student", key="wrong") == {"error": "invalid_api_key"}
     assert phone.act("current", "shop-student") == {"version": None}
     (phone.store / "shop-student").mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def test_a_bundle_of_another_key_or_damaged_or_older_is_not_run(site: str) -> No
 
 
 def test_a_new_key_is_learnt_from_the_old_one_and_kept(site: str) -> None:
-    _, stranger, _, introduced, _, known = run_browser(
+    _, stranger, _, introduced, _, known, _, kept = run_browser(
         site,
         {"step": "configure", "changes": {"bundle": "bare"}},
         {"step": "open"},
@@ -91,7 +91,9 @@ def test_a_new_key_is_learnt_from_the_old_one_and_kept(site: str) -> None:
         {"step": "open"},
         {"step": "configure", "changes": {"bundle": "bare"}},
         {"step": "open"},
+        {"step": "damage", "text": "/manifest.json"},
+        {"step": "open"},  # what ran before is still there
     )
     assert "not signed by a trusted key" in stranger["status"]
-    for page in (introduced, known):
+    for page in (introduced, known, kept):
         assert "ready on this device" in page["status"] and NEXT_KEY_ID in page["status"]

@@ -17,7 +17,8 @@ const MAX_FILE_BYTES = 512 * 1024 * 1024; // what a page can hold
 const MAX_TRIES = 4;
 
 /**
- * The manifest and a function that gives a file's checked bytes.
+ * The manifest, a function `read` that gives a file's checked bytes, and `keep`, which makes this version the one
+ * that is kept: to be called once it runs, for until then the version before is what a bad one leaves in place.
  *
  * `trustedKeys` maps key ids to 32 bytes of base64url, or is a whole trust store; `edge.file(name, path, headers)`
  * fetches. Keys that a bundle's rotation statements teach are kept in the store. Throws bundle_invalid for the
@@ -28,13 +29,28 @@ export async function openBundle(edge, name, trustedKeys, store, nowS = Date.now
   const trust = TrustStore.of(trustedKeys).withLearnt(await store.learnt());
   const manifest = await checkManifest(body, signature, trust, nowS);
   if (manifest.name !== name) throw refused(`asked for ${name}, got ${manifest.name}`);
-  await refuseOlder(manifest, await sha256(body), store);
-  await store.setLearnt((await trust.withChain(manifest.key_chain ?? [], nowS)).learnt);
-  await store.put(`${name}.manifest`, body);
-  await store.put(`${name}.signature`, signature);
-  await store.keepOnly([`${name}.manifest`, `${name}.signature`, ...manifest.files.map((file) => file.sha256)]);
+  const digest = await sha256(body);
+  await refuseOlder(manifest, digest, store);
   const read = (path, progress) => fileBytes(edge, manifest, path, store, progress);
-  return { manifest, read };
+  const keep = async () => {
+    await store.setHighest(name, `${manifest.version} ${digest}`);
+    await store.setLearnt((await trust.withChain(manifest.key_chain ?? [], nowS)).learnt);
+    await store.put(`${name}.manifest`, body);
+    await store.put(`${name}.signature`, signature);
+    await store.keepOnly([`${name}.manifest`, `${name}.signature`, ...manifest.files.map((file) => file.sha256)]);
+  };
+  return { manifest, read, keep };
+}
+
+/** The version that was kept last, without asking an edge for anything; throws `error` where there is none. */
+export async function openKept(error, name, trustedKeys, store, nowS = Date.now() / 1000) {
+  if ((await store.get(`${name}.manifest`)) === null) throw error;
+  const nobody = {
+    file() {
+      throw new LongshoreError("connection_failed", "no edge is asked");
+    },
+  };
+  return openBundle(nobody, name, trustedKeys, store, nowS);
 }
 
 /** Manifest and signature as the edge has them; those of the last visit where it can't be reached. */
@@ -57,7 +73,6 @@ async function refuseOlder(manifest, digest, store) {
   if (manifest.version < Number(version) || isOther) {
     throw new LongshoreError("bundle_rollback", `version ${manifest.version} is not newer than ${version}`);
   }
-  await store.setHighest(manifest.name, `${manifest.version} ${digest}`);
 }
 
 /** The manifest in `body`, if a good key signed exactly these bytes and they have not expired. */

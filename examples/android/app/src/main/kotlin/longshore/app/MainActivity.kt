@@ -126,7 +126,8 @@ class MainActivity : Activity() {
 
     /** Brings the bundle up to date, or takes the installed one where the edge can't be reached. */
     private fun openDevice(): Generator {
-        val store = BundleStore(File(filesDir, "bundles"), keys) { System.currentTimeMillis() / 1000 }
+        val runtimeVersion = OrtEnvironment.getEnvironment().version
+        val store = BundleStore(File(filesDir, "bundles"), keys, runtimeVersion) { System.currentTimeMillis() / 1000 }
         val bundle = try {
             store.update(edge, BUNDLE) { done, total -> tellProgress(done, total) }
         } catch (error: EdgeException) {

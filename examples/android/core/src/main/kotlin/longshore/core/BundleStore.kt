@@ -14,7 +14,13 @@ private const val HIGHEST_NAME = "highest" // the high-water mark: a version and
 
 class InstalledBundle(val folder: File, val manifest: Manifest)
 
-class BundleStore(private val root: File, given: TrustedKeys, private val nowS: () -> Long) {
+/** `runtimeVersion` is that of the ONNX Runtime which will run the bundles; without it any is taken. */
+class BundleStore(
+    private val root: File,
+    given: TrustedKeys,
+    private val runtimeVersion: String? = null,
+    private val nowS: () -> Long
+) {
     private var keys = readLearnt().fold(given) { known, key -> known.with(key) }
 
     /** The current version of a bundle, every file checked; null if there is none that is whole. */
@@ -36,6 +42,7 @@ class BundleStore(private val root: File, given: TrustedKeys, private val nowS: 
         keys.check(manifest, body, String(signature), nowS())
         if (manifest.name != name) throw BundleException("asked for $name, got ${manifest.name}")
         refuseOlder(name, manifest, body)
+        runtimeVersion?.let { checkRuntime(manifest, it) } // before the version that runs is replaced
         val current = current(name)
         if (current != null && current.manifest.version == manifest.version) return current
         val folder = File(File(root, name), manifest.version.toString())

@@ -18,7 +18,8 @@ private class Breaking(private val ids: List<Int>) : Decoder {
 
 private class Trial(private val job: Map<*, *>) {
     private val edge = EdgeClient(text("edge"), text("key"))
-    private val store = BundleStore(File(text("store")), trustOf(Fields("trust", job["trust"]))) { job["now_s"] as Long }
+    private val trust = trustOf(Fields("trust", job["trust"]))
+    private val store = BundleStore(File(text("store")), trust, job["runtime"] as String?) { job["now_s"] as Long }
 
     fun run(): Map<String, Any?> = try {
         when (job["do"]) {
