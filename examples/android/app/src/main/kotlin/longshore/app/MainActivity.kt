@@ -17,7 +17,6 @@ import java.util.concurrent.Executors
 import longshore.core.Assistant
 import longshore.core.BundleStore
 import longshore.core.EdgeClient
-import longshore.core.EdgeException
 import longshore.core.Generator
 import longshore.core.InstalledBundle
 import longshore.core.LongshoreException
@@ -124,13 +123,13 @@ class MainActivity : Activity() {
         return facts + "\n" + getString(R.string.not_by_device, reason)
     }
 
-    /** Brings the bundle up to date, or takes the installed one where the edge can't be reached. */
+    /** Brings the bundle up to date, or takes the installed one where the edge or its bundle is not to be had. */
     private fun openDevice(): Generator {
         val runtimeVersion = OrtEnvironment.getEnvironment().version
         val store = BundleStore(File(filesDir, "bundles"), keys, runtimeVersion) { System.currentTimeMillis() / 1000 }
         val bundle = try {
             store.update(edge, BUNDLE) { done, total -> tellProgress(done, total) }
-        } catch (error: EdgeException) {
+        } catch (error: LongshoreException) {
             store.current(BUNDLE) ?: throw error
         }
         checkRuntime(bundle.manifest, OrtEnvironment.getEnvironment().version)
