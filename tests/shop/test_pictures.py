@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from longshore.images import image_bytes, image_size
 from shop.evaluate_pictures import PictureEvaluation, evaluate_folder, image_features, normalised
+from shop.measure_pictures import SizeRow, draw, table
 from shop.picture_batches import PhotoPool, draw_shard, resizer
 from shop.picture_models import (
     IMAGE,
@@ -30,6 +35,7 @@ from shop.picture_models import (
 )
 from shop.picture_questions import PICTURE_KINDS, ask, chat_text, picture_messages, picture_prompt
 from shop.picture_shapes import COLOUR_RGB, PRODUCTS
+from shop.picture_task import picture_task_lines
 from shop.pictures import Photo, draw_photo, draw_with_digits, make_photo
 from shop.sheet import COLOURS, NAMES
 from shop.train_pictures import PictureRun, PictureTrainer, digit_labels, spread_image_tokens
@@ -123,6 +129,23 @@ def test_a_chat_holds_its_picture_once(photo: Photo, is_text_first: bool, seed: 
     chat = chat_text([ask(rng, photo, kind) for kind in PICTURE_KINDS[:3]], is_text_first)
     assert chat.count(IMAGE) == 1 and chat.index(IMAGE) < chat.index("<|assistant|>")
     assert chat.count("<|assistant|>") == 3
+
+
+def test_a_task_file_holds_photos_and_answers() -> None:
+    lines = [json.loads(line) for line in picture_task_lines("heldout", 4, 3)]
+    assert [line["expected"].split()[0] for line in lines] == ["The"] * 4
+    for line in lines:
+        image_part, text_part = line["messages"][0]["content"]
+        assert max(image_size(image_bytes(image_part["image_url"]["url"]))) >= 400
+        assert text_part["text"] and re.findall(line["pattern"], line["expected"])
+
+
+def test_the_curves_are_drawn_and_told() -> None:
+    correct = dict.fromkeys(PICTURE_KINDS, 3)
+    rows = [SizeRow(size, size, 16, 4, correct, size / 10, size / 5) for size in (64, 128)]
+    assert table(rows).splitlines()[2].startswith("| 64 x 64 | 16 | 75.0% |")
+    picture = ElementTree.fromstring(draw(rows))
+    assert len(picture.findall("{*}polyline")) == 5 and len(picture.findall("{*}circle")) == 10
 
 
 # -- batches -----------------------------------------------------------------------------------
