@@ -74,7 +74,7 @@ def trace(model: Any, shape: TracedShape) -> onnx.ModelProto:
         raise UnsupportedModelError(f"{num_bytes} bytes of weights don't fit into one ONNX file")
     module, arguments = _Traced(model, shape).eval(), _arguments(shape)
     tokens = torch.export.Dim.DYNAMIC
-    with _quiet(), torch.no_grad():
+    with _quiet(), settled_rope(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module,
@@ -169,18 +169,34 @@ class _Buffer(CacheLayerMixin):
 
 
 def _check_rope(config: Any, context: int) -> None:
-    """Refuse RoPE that changes with the length of a text, unless the context never gets to where it does."""
+    """Refuse RoPE that changes with the length of a text, unless the context never gets to where it does.
+
+    `dynamic` changes past max_position_embeddings, which no context here exceeds.
+    """
     given = getattr(config, "rope_parameters", None) or {}
     for rope in given.values() if all(isinstance(one, dict) for one in given.values()) else [given]:
         kind = rope.get("rope_type", "default")
         unchanged_until = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", 0
         )
-        if kind not in (*STATIC_ROPE, "proportional") and context > (unchanged_until or 0):
+        if kind not in (*STATIC_ROPE, "proportional", "dynamic") and context > (unchanged_until or 0):
             raise UnsupportedModelError(
                 f"RoPE of type {kind!r} changes with the length of a text: give --max-tokens of at most "
                 f"{unchanged_until or 'its first context'}"
             )
+
+
+@contextlib.contextmanager
+def settled_rope(model: nn.Module) -> Iterator[None]:
+    """With `dynamic` RoPE as it is within the model's context, whatever the length of a text."""
+    found = [module for module in model.modules() if getattr(module, "rope_type", None) == "dynamic"]
+    for module in found:
+        module.rope_type = "default"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in found:
+            module.rope_type = "dynamic"  # type: ignore[assignment]
 
 
 def _cache_sizes(model: Any, family: str) -> tuple[int, int, int]:

@@ -15,7 +15,9 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
+    Phi3Config,
 )
 
 from longshore.device import DeviceSettings, Student
@@ -27,7 +29,7 @@ from longshore_export.bundle import export_student
 from longshore_export.checkpoint import load_checkpoint, load_traced, open_checkpoint
 from longshore_export.gate import kv_geometry
 from longshore_export.graph import build_graph
-from longshore_export.traced import trace
+from longshore_export.traced import read_traced_shape, settled_rope, trace
 from longshore_export.variant import build_variant
 from longshore_export.verify import MAX_LOGIT_DIFFERENCE
 from tiny_models import SIZES, VOCAB_SIZE, config_of, write_model
@@ -109,13 +111,9 @@ def test_what_cannot_be_traced_is_named(tmp_path: Path) -> None:
     heads = SMALL | {"num_hidden_layers": 1, "num_key_value_heads": 4}
     ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1}
     latent = DeepseekV3Config(**heads, **ranks, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
-    rope = {
-        "rope_type": "dynamic",
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-        "original_max_position_embeddings": 48,
-    }
-    growing = LlamaConfig(**SMALL, rope_parameters=rope)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    growing = Phi3Config(**SMALL, pad_token_id=0, rope_parameters=rope, original_max_position_embeddings=48)
     for number, (config, words) in enumerate(
         [(mamba, "max-tokens"), (latent, "several sizes"), (growing, "at most 48")]
     ):
@@ -126,6 +124,19 @@ def test_what_cannot_be_traced_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="no plain keys and values"):
         open_checkpoint(tmp_path / "0", max_tokens=64)
     assert open_checkpoint(tmp_path / "2", max_tokens=48).shape.max_tokens == 48
+
+
+def test_dynamic_rope_is_static_within_the_context() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope)).eval()
+    ids = torch.arange(SMALL["max_position_embeddings"])[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with settled_rope(model):
+            assert model.model.rotary_emb.rope_type == "default"
+            assert torch.equal(model(ids).logits, expected)
+    assert model.model.rotary_emb.rope_type == "dynamic"
+    assert read_traced_shape(model).max_tokens == SMALL["max_position_embeddings"]
 
 
 def test_a_graph_that_was_asked_for_is_not_replaced_by_the_other(tmp_path: Path) -> None:
