@@ -24,7 +24,7 @@ from longshore.device import DeviceSettings, Student
 from longshore.device.session import DecoderSession
 from longshore.errors import ConfigError, ExportError, UnsupportedModelError
 from longshore.wire import TokenEvent, decode_completion_request
-from longshore_export import gate_cli
+from longshore_export import gate_cli, verify
 from longshore_export.bundle import export_student
 from longshore_export.checkpoint import load_checkpoint, load_traced, open_checkpoint
 from longshore_export.gate import kv_geometry
@@ -54,7 +54,10 @@ def tokens_of(session: DecoderSession, prompt: list[int], num_tokens: int) -> tu
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "qwen3"])
 def test_the_traced_graph_and_the_built_one_agree(tmp_path: Path, kind: str) -> None:
-    folder = write_model(tmp_path / "model", config_of(kind), seed=1)
+    config = config_of(kind)
+    config.num_hidden_layers = 1  # tracing is slow; the next test has two layers
+    config.layer_types = ["full_attention"]
+    folder = write_model(tmp_path / "model", config, seed=1)
     to_build, to_trace = load_checkpoint(folder), load_traced(folder)
     built = build_graph(to_build.shape, to_build.weights, to_build.cos, to_build.sin)
     answers = []
@@ -67,7 +70,10 @@ def test_the_traced_graph_and_the_built_one_agree(tmp_path: Path, kind: str) -> 
         assert np.abs(ours - theirs).max() <= MAX_LOGIT_DIFFERENCE
 
 
-def test_another_architecture_becomes_a_bundle_that_runs(tmp_path: Path) -> None:
+def test_another_architecture_becomes_a_bundle_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "NUM_GREEDY_TOKENS", 16)
     # soft caps, scaled embeddings, and a layer that looks back less far than the prompts are long
     config = Gemma2Config(**SMALL, head_dim=16, sliding_window=16, pad_token_id=0)
     folder = write_model(tmp_path / "model", config, seed=1)
