@@ -74,15 +74,31 @@ def _penalize(raw: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tenso
     if not any(s.must_not_stop or s.params.logit_bias or s.params.has_penalties for s in sequences):
         return raw
     logits = raw.clone()
-    for row, sequence in enumerate(sequences):
-        if sequence.must_not_stop and sequence.stop_token_ids:
-            logits[row, list(sequence.stop_token_ids)] = float("-inf")
-        if bias := sequence.params.logit_bias:
-            logits[row, list(bias)] += torch.tensor(list(bias.values()), device=logits.device)
+    stops = [
+        (row, token_id)
+        for row, sequence in enumerate(sequences)
+        if sequence.must_not_stop
+        for token_id in sequence.stop_token_ids
+    ]
+    if stops:
+        logits[torch.tensor(stops, device=logits.device).unbind(1)] = float("-inf")
+    _add_bias(logits, sequences)
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.has_penalties]
     if rows:
         _apply_penalties(logits, [sequences[row] for row in rows], rows)
     return logits
+
+
+def _add_bias(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> None:
+    places = [
+        (row, token_id, bias)
+        for row, sequence in enumerate(sequences)
+        for token_id, bias in sequence.params.logit_bias.items()
+    ]
+    if places:
+        rows, token_ids, biases = zip(*places, strict=True)
+        index = torch.tensor([rows, token_ids], device=logits.device)
+        logits[index[0], index[1]] += torch.tensor(biases, dtype=torch.float32, device=logits.device)
 
 
 def _apply_penalties(logits: torch.Tensor, sequences: list[Sequence], rows: list[int]) -> None:
