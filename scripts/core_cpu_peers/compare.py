@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python and gguf")
     parser.add_argument("--llama-weights", nargs="+", default=["f32", "q8_0"], choices=("f32", "f16", "q8_0"))
-    parser.add_argument("--skip", nargs="+", default=[], choices=("transformers", "llama.cpp"))
+    parser.add_argument("--skip", nargs="+", default=[], choices=("torch", "transformers", "llama.cpp"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -108,6 +108,10 @@ def main() -> None:
     options = parser.parse_args()
     peers = [Peer("longshore f32", "longshore", sys.executable, str(MODEL), options.threads)]
     try:
+        if "torch" not in options.skip:
+            peers.append(
+                Peer("longshore, torch alone", "longshore-torch", sys.executable, str(MODEL), options.threads)
+            )
         if "transformers" not in options.skip:
             peers.append(
                 Peer("transformers f32", "transformers", sys.executable, str(MODEL), options.threads)

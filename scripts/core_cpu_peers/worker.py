@@ -20,19 +20,26 @@ MAX_STREAMS = 32
 MAX_TOKENS = 512
 
 
-def longshore(model: str, num_threads: int) -> Generate:
+def longshore(model: str, num_threads: int, *, fuse_layers: bool | None = None) -> Generate:
     import torch
 
     from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
 
     torch.set_num_threads(num_threads)
-    engine = NativeEngine(EngineConfig(model=model, max_num_seqs=MAX_STREAMS, max_model_len=MAX_TOKENS))
+    engine = NativeEngine(
+        EngineConfig(model=model, max_num_seqs=MAX_STREAMS, max_model_len=MAX_TOKENS, fuse_layers=fuse_layers)
+    )
 
     def generate(prompts: list[list[int]], num_answer: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=num_answer, temperature=0.0, ignore_eos=True)
         return engine.generate(prompts, params)
 
     return generate
+
+
+def longshore_torch(model: str, num_threads: int) -> Generate:
+    """What serves where there is no C compiler."""
+    return longshore(model, num_threads, fuse_layers=False)
 
 
 def transformers(model: str, num_threads: int) -> Generate:
@@ -149,7 +156,12 @@ def _decode(lib: Any, context: Any, rows: list[tuple[int, int, int, bool]], num_
     return logits.argmax(axis=1).tolist()
 
 
-ENGINES = {"longshore": longshore, "transformers": transformers, "llama.cpp": llama_cpp}
+ENGINES = {
+    "longshore": longshore,
+    "longshore-torch": longshore_torch,
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+}
 
 
 def main() -> None:

@@ -35,7 +35,8 @@ class EngineConfig:
     chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
     `quantization` "fp8" keeps the layers' weights in FP8 with a scale per output channel, and computes with
     activations in FP8 with a scale per token; embeddings, norms and head stay in `dtype`. `fuse_layers` None
-    fuses the layers of known architectures on a GPU, and everywhere with FP8.
+    fuses the layers of known architectures on a GPU, and everywhere with FP8; on a CPU in float32 it runs
+    them as compiled code where the machine has a C compiler, and False is torch alone.
     `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
     `kv_swap` names memories for KV blocks that the device has no room for, fastest first: ("host:32GiB",
     "file:/mnt/nvme/kv:256GiB"); a file's folder must exist and the file must not.

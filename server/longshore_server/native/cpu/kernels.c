@@ -1,9 +1,9 @@
-// One step of a Llama-shaped decoder in float32 on a CPU, as compiled code: no call back, no memory of its own.
+// One step of a Llama-shaped decoder in float32 on a CPU, as compiled code. It allocates nothing.
 //
-// Every sum goes over its terms one by one in a fixed order, in fused multiply-adds, with neighbouring outputs
-// side by side in a vector. So a row's result depends on its own sequence alone: not on the other rows, not on
-// the number of threads, not on how wide the processor's vectors are. Vectors are GCC's and clang's own; where
-// the processor's are shorter the compiler cuts them up.
+// Every sum goes over its terms one by one in a fixed order, in fused multiply-adds, with neighbouring
+// outputs side by side in a vector. So a row's result depends on its own sequence alone: not on the other
+// rows, not on the number of threads, not on how wide the processor's vectors are. Vectors are GCC's and
+// clang's own; where the processor's are shorter the compiler cuts them up.
 
 #include <math.h>
 #include <sched.h>
@@ -29,15 +29,15 @@
 #define LANES 16
 #define PARTS (LANES / WIDTH)
 
-#define PANEL 32          // columns of a matrix that are stored together
-#define MAX_VECTORS 8     // of the columns of a tile
-#define ROW_BLOCK 96      // rows whose inputs stay in a core's own cache while a panel is multiplied
-#define MAX_GROUP 4       // query heads of one KV head that are computed together
-#define WORDS_AHEAD 2048  // how far ahead of its use a weight is fetched
+#define PANEL 32                 // columns of a matrix that are stored together
+#define MAX_VECTORS 8            // of the columns of a tile
+#define ROW_BLOCK 96             // rows whose inputs stay in a core's own cache while a panel is multiplied
+#define MAX_GROUP 4              // query heads of one KV head that are computed together
+#define WORDS_AHEAD 2048         // how far ahead of its use a weight is fetched
 #define LOOKS_BEFORE_YIELD 4000  // some microseconds
 #if WIDTH == 16
-#define MAX_ROWS 12     // of a tile
-#define KEY_TILES 4     // tiles of LANES keys that are scored together
+#define MAX_ROWS 12      // of a tile
+#define KEY_TILES 4      // tiles of LANES keys that are scored together
 #define VALUE_VECTORS 4  // of a value's numbers that are summed together
 #else
 #define MAX_ROWS 6
@@ -51,7 +51,7 @@ typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias))
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-enum { FLOAT32, BFLOAT16 };         // how weights are stored; both are multiplied as float32
+enum { FLOAT32, BFLOAT16 };          // how weights are stored; both are multiplied as float32
 enum { STORE, ADD, SILU_MULTIPLY };  // what becomes of a product
 
 typedef struct {
@@ -82,16 +82,16 @@ typedef struct {
 
 typedef struct {
     int64_t num_rows, num_samples, num_threads, max_context;
-    const int32_t *tokens;     // [rows]; -1 - n stands for row n of the features
-    const int32_t *positions;  // [rows]
-    const int32_t *tables;     // [rows]: where in `blocks` the row's sequence begins
-    const int32_t *blocks;     // block tables, one behind the other
-    const int32_t *samples;    // [samples]: rows whose logits are wanted
+    const int32_t *tokens;         // [rows]; -1 - n stands for row n of the features
+    const int32_t *positions;      // [rows]
+    const int32_t *tables;         // [rows]: where in `blocks` the row's sequence begins
+    const int32_t *blocks;         // block tables, one behind the other
+    const int32_t *samples;        // [samples]: rows whose logits are wanted
     const float *cosines, *sines;  // [positions, head_dim / 2]
-    const float *features;     // [image rows, hidden]
-    float *scratch;            // as scratch_floats() asks for
-    float *logits;             // [samples, vocab]
-    int32_t *best;             // [samples]: each one's likeliest token, -1 where the logits are not finite
+    const float *features;         // [image rows, hidden]
+    float *scratch;                // as scratch_floats() asks for
+    float *logits;                 // [samples, vocab]
+    int32_t *best;  // [samples]: each one's likeliest token, -1 where the logits are not finite
 } Step;
 
 // --- vectors ---
@@ -167,7 +167,9 @@ INLINE vec silu(vec x) { return x / (exponential(-x) + 1.0f); }
 
 // --- matrix products ---
 
-static int64_t panel_rows(int64_t num_in, int64_t kind) { return kind == BFLOAT16 ? (num_in + 1) / 2 : num_in; }
+static int64_t panel_rows(int64_t num_in, int64_t kind) {
+    return kind == BFLOAT16 ? (num_in + 1) / 2 : num_in;
+}
 
 // Words of 32 bits that pack_matrix() fills.
 int64_t packed_words(int64_t num_out, int64_t num_in, int64_t kind) {
@@ -180,8 +182,9 @@ static uint32_t weight_bits(const float *weight, int64_t num_in, int64_t in) {
     return bits;
 }
 
-// Row-major float32 [num_out, num_in] to panels of 32 columns, zeros where there are fewer. `order`[num_out] says
-// which row becomes which column. In bfloat16 a word holds a column's weights of two inputs, the first one low.
+// Row-major float32 [num_out, num_in] to panels of 32 columns, zeros where there are fewer. `order`[num_out]
+// says which row becomes which column. In bfloat16 a word holds a column's weights of two inputs, the first
+// one low.
 void pack_matrix(const float *weight, const int32_t *order, int64_t num_out, int64_t num_in, int64_t kind,
                  uint32_t *packed) {
     const int64_t rows = panel_rows(num_in, kind);
@@ -202,8 +205,8 @@ INLINE const uint32_t *column_words(const uint32_t *packed, int64_t column, int6
 }
 
 // One input of `rows` rows times `vectors` vectors of columns: the inner loop of everything.
-INLINE void multiply_input(const int rows, const int vectors, const float *const in[4], int64_t in_stride, int64_t k,
-                           const vec *weights, vec sums[MAX_ROWS][MAX_VECTORS]) {
+INLINE void multiply_input(const int rows, const int vectors, const float *const in[4], int64_t in_stride,
+                           int64_t k, const vec *weights, vec sums[MAX_ROWS][MAX_VECTORS]) {
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
         const vec x = splat(in[m / 3][m % 3 * in_stride + k]);
@@ -257,28 +260,37 @@ typedef struct {
     RunTile *run[2];  // by how weights are stored
 } Tile;
 
-#define TILE_OF(rows, vectors, kind)                                                                          \
-    static void tile_##rows##_##vectors##_##kind(const uint32_t *packed, int64_t num_in, const float *in,     \
-                                                 int64_t in_stride, float *out, int64_t out_stride) {         \
-        tile(rows, vectors, kind, packed, num_in, in, in_stride, out, out_stride);                            \
+#define TILE_OF(rows, vectors, kind)                                                                         \
+    static void tile_##rows##_##vectors##_##kind(const uint32_t *packed, int64_t num_in, const float *in,    \
+                                                 int64_t in_stride, float *out, int64_t out_stride) {        \
+        tile(rows, vectors, kind, packed, num_in, in, in_stride, out, out_stride);                           \
     }
 #define TILE(rows, vectors) TILE_OF(rows, vectors, FLOAT32) TILE_OF(rows, vectors, BFLOAT16)
-#define ENTRY(rows, vectors) {vectors * WIDTH, {tile_##rows##_##vectors##_FLOAT32, tile_##rows##_##vectors##_BFLOAT16}}
+#define RUN(rows, vectors, kind) tile_##rows##_##vectors##_##kind
+#define ENTRY(rows, vectors) {vectors * WIDTH, {RUN(rows, vectors, FLOAT32), RUN(rows, vectors, BFLOAT16)}}
 
-// By number of rows: tiles of at most a panel, and for a single row of tiles those with as many columns as keep
-// the processor busy, so that no sum waits for the one before it.
+// By number of rows: tiles of at most a panel, and for a single row of tiles those with as many columns as
+// keep the processor busy, so that no sum waits for the one before it.
 #if WIDTH == 16
 TILE(1, 2) TILE(2, 2) TILE(3, 2) TILE(4, 2) TILE(5, 2) TILE(6, 2)
 TILE(7, 2) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
 TILE(1, 8) TILE(2, 8) TILE(3, 6) TILE(4, 4) TILE(5, 4) TILE(6, 4)
-static const Tile NARROW[MAX_ROWS] = {ENTRY(1, 2), ENTRY(2, 2), ENTRY(3, 2), ENTRY(4, 2),  ENTRY(5, 2),  ENTRY(6, 2),
-                                      ENTRY(7, 2), ENTRY(8, 2), ENTRY(9, 2), ENTRY(10, 2), ENTRY(11, 2), ENTRY(12, 2)};
-static const Tile WIDE[MAX_ROWS] = {ENTRY(1, 8), ENTRY(2, 8), ENTRY(3, 6), ENTRY(4, 4),  ENTRY(5, 4),  ENTRY(6, 4),
-                                    ENTRY(7, 2), ENTRY(8, 2), ENTRY(9, 2), ENTRY(10, 2), ENTRY(11, 2), ENTRY(12, 2)};
+static const Tile NARROW[MAX_ROWS] = {
+    ENTRY(1, 2), ENTRY(2, 2), ENTRY(3, 2), ENTRY(4, 2),  ENTRY(5, 2),  ENTRY(6, 2),
+    ENTRY(7, 2), ENTRY(8, 2), ENTRY(9, 2), ENTRY(10, 2), ENTRY(11, 2), ENTRY(12, 2),
+};
+static const Tile WIDE[MAX_ROWS] = {
+    ENTRY(1, 8), ENTRY(2, 8), ENTRY(3, 6), ENTRY(4, 4),  ENTRY(5, 4),  ENTRY(6, 4),
+    ENTRY(7, 2), ENTRY(8, 2), ENTRY(9, 2), ENTRY(10, 2), ENTRY(11, 2), ENTRY(12, 2),
+};
 #else
 TILE(1, 4) TILE(2, 4) TILE(3, 4) TILE(4, 2) TILE(5, 2) TILE(6, 2) TILE(1, 8)
-static const Tile NARROW[MAX_ROWS] = {ENTRY(1, 4), ENTRY(2, 4), ENTRY(3, 4), ENTRY(4, 2), ENTRY(5, 2), ENTRY(6, 2)};
-static const Tile WIDE[MAX_ROWS] = {ENTRY(1, 8), ENTRY(2, 4), ENTRY(3, 4), ENTRY(4, 2), ENTRY(5, 2), ENTRY(6, 2)};
+static const Tile NARROW[MAX_ROWS] = {
+    ENTRY(1, 4), ENTRY(2, 4), ENTRY(3, 4), ENTRY(4, 2), ENTRY(5, 2), ENTRY(6, 2),
+};
+static const Tile WIDE[MAX_ROWS] = {
+    ENTRY(1, 8), ENTRY(2, 4), ENTRY(3, 4), ENTRY(4, 2), ENTRY(5, 2), ENTRY(6, 2),
+};
 #endif
 #define MAX_COLUMNS (MAX_VECTORS * LANES)  // of the sums that are finished together
 
@@ -307,8 +319,9 @@ static void finish(const Matrix *matrix, float *sums, int64_t count, int64_t col
 }
 
 // `rows` rows times `columns` columns from `column` on, which is where a panel begins.
-static void multiply_columns(const Tile *shape, int64_t rows, int64_t columns, const Matrix *matrix, int64_t column,
-                             const float *in, int64_t in_stride, float *out, int64_t out_stride, int mode) {
+static void multiply_columns(const Tile *shape, int64_t rows, int64_t columns, const Matrix *matrix,
+                             int64_t column, const float *in, int64_t in_stride, float *out,
+                             int64_t out_stride, int mode) {
     float sums[MAX_ROWS * MAX_COLUMNS] __attribute__((aligned(64)));
     const int64_t panel_words = panel_rows(matrix->num_in, matrix->kind) * PANEL;
     for (int64_t done = 0; done < columns; done += shape->columns)
@@ -322,7 +335,8 @@ static void multiply_columns(const Tile *shape, int64_t rows, int64_t columns, c
 static void multiply(const Matrix *matrix, const float *in, int64_t in_stride, float *out, int64_t out_stride,
                      int64_t num_rows, int mode, int thread, int num_threads) {
     const int64_t panels = (matrix->num_out + PANEL - 1) / PANEL;
-    const int64_t begin = panels * thread / num_threads * PANEL, end = panels * (thread + 1) / num_threads * PANEL;
+    const int64_t begin = panels * thread / num_threads * PANEL,
+                  end = panels * (thread + 1) / num_threads * PANEL;
     for (int64_t first = 0; first < num_rows; first += ROW_BLOCK) {
         const int64_t rows = num_rows - first < ROW_BLOCK ? num_rows - first : ROW_BLOCK;
         const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
@@ -333,13 +347,15 @@ static void multiply(const Matrix *matrix, const float *in, int64_t in_stride, f
             const Tile *shape = WIDE + rows - 1;
             const int64_t columns = shape->columns > PANEL ? shape->columns : PANEL;
             for (; column + columns <= end; column += columns)
-                multiply_columns(shape, rows, columns, matrix, column, block_in, in_stride, block_out, out_stride, mode);
+                multiply_columns(shape, rows, columns, matrix, column, block_in, in_stride, block_out,
+                                 out_stride, mode);
         }
         for (; column < end; column += PANEL)
             for (int64_t i = 0; i < tiles; i++) {  // of nearly equal height
                 const int64_t row = rows * i / tiles, height = rows * (i + 1) / tiles - row;
-                multiply_columns(NARROW + height - 1, height, PANEL, matrix, column, block_in + row * in_stride,
-                                 in_stride, block_out + row * out_stride, out_stride, mode);
+                multiply_columns(NARROW + height - 1, height, PANEL, matrix, column,
+                                 block_in + row * in_stride, in_stride, block_out + row * out_stride,
+                                 out_stride, mode);
             }
     }
 }
@@ -398,7 +414,8 @@ static void place_row(const Model *model, const Layer *layer, const Step *step, 
         const float *key = qkv + (heads + head) * dim, *value = key + kv_heads * dim;
         float *keys = layer->keys + (block * kv_heads + head) * dim * size + offset;
         for (int64_t i = 0; i < dim; i++) keys[i * size] = key[i];
-        memcpy(layer->values + ((block * kv_heads + head) * size + offset) * dim, value, (size_t)dim * sizeof *value);
+        memcpy(layer->values + ((block * kv_heads + head) * size + offset) * dim, value,
+               (size_t)dim * sizeof *value);
     }
 }
 
@@ -422,13 +439,15 @@ INLINE const float *key_tile(const Context *context, int64_t token, float *gathe
     *stride = LANES;
     for (int64_t lane = 0; lane < LANES; lane++) {
         const int64_t from = token + lane < context->end ? token + lane : context->end - 1;
-        const float *keys = context->keys + context->blocks[from / size] * context->block_floats + from % size;
+        const float *keys =
+            context->keys + context->blocks[from / size] * context->block_floats + from % size;
         for (int64_t i = 0; i < dim; i++) gathered[i * LANES + lane] = keys[i * size];
     }
     return gathered;
 }
 
-// What to fetch while the tiles before are scored: the keys of `token`, or behind the last of them the first values.
+// What to fetch while the tiles before are scored: the keys of `token`, or behind the last of them the first
+// values.
 INLINE const float *tile_ahead(const Context *context, int64_t token) {
     const int64_t size = context->block_size, past = token - context->end;
     const int64_t first = past < context->end - context->begin ? context->begin + past : context->begin;
@@ -437,8 +456,8 @@ INLINE const float *tile_ahead(const Context *context, int64_t token) {
 }
 
 // Scaled scores of `group` query heads with `tiles` tiles of keys; minus infinity outside of the context.
-INLINE void score_tiles(const int group, const int tiles, const Context *context, const float *queries, int64_t token,
-                        float *gathered, float *scores, int64_t score_stride) {
+INLINE void score_tiles(const int group, const int tiles, const Context *context, const float *queries,
+                        int64_t token, float *gathered, float *scores, int64_t score_stride) {
     vec sums[MAX_GROUP][KEY_VECTORS];
     const float *keys[KEY_TILES], *ahead[KEY_TILES];
     const int64_t dim = context->dim;
@@ -531,8 +550,8 @@ INLINE void mix_values(const int group, const int vectors, const Context *contex
         for (int v = 0; v < vectors; v++) store(out + g * dim + first + v * WIDTH, totals[g][v] / sums[g]);
 }
 
-static void mix_dimension(int group, const Context *context, const float *weights, int64_t weight_stride, int64_t i,
-                          const float *sums, float *out) {
+static void mix_dimension(int group, const Context *context, const float *weights, int64_t weight_stride,
+                          int64_t i, const float *sums, float *out) {
     const int64_t size = context->block_size, dim = context->dim;
     for (int g = 0; g < group; g++) {
         float total = 0.0f;
@@ -544,8 +563,8 @@ static void mix_dimension(int group, const Context *context, const float *weight
     }
 }
 
-INLINE void attend_group(const int group, const Context *context, const float *queries, float *out, float *scores,
-                         int64_t score_stride, float *gathered) {
+INLINE void attend_group(const int group, const Context *context, const float *queries, float *out,
+                         float *scores, int64_t score_stride, float *gathered) {
     const int64_t first = context->begin / LANES * LANES;  // vectors start where they do in every context
     const int64_t count = (context->end - first + LANES - 1) / LANES * LANES;
     float sums[MAX_GROUP];
@@ -563,19 +582,20 @@ INLINE void attend_group(const int group, const Context *context, const float *q
     for (; i < context->dim; i++) mix_dimension(group, context, weights, score_stride, i, sums, out);
 }
 
-#define ATTEND(group)                                                                                            \
-    static void attend_##group(const Context *context, const float *queries, float *out, float *scores,          \
-                               int64_t score_stride, float *gathered) {                                          \
-        attend_group(group, context, queries, out, scores, score_stride, gathered);                              \
+#define ATTEND(group)                                                                                        \
+    static void attend_##group(const Context *context, const float *queries, float *out, float *scores,      \
+                               int64_t score_stride, float *gathered) {                                      \
+        attend_group(group, context, queries, out, scores, score_stride, gathered);                          \
     }
 ATTEND(1) ATTEND(2) ATTEND(3) ATTEND(4)
-static void (*const ATTEND_GROUP[MAX_GROUP])(const Context *, const float *, float *, float *, int64_t, float *) = {
-    attend_1, attend_2, attend_3, attend_4};
+typedef void Attend(const Context *, const float *, float *, float *, int64_t, float *);
+static Attend *const ATTEND_GROUP[MAX_GROUP] = {attend_1, attend_2, attend_3, attend_4};
 
 // One row's query heads of one KV head.
 static void attend(const Model *model, const Layer *layer, const Step *step, int64_t row, int64_t kv_head,
                    const float *qkv, float *out, float *scratch) {
-    const int64_t dim = model->head_dim, group = model->num_heads / model->num_kv_heads, size = model->block_size;
+    const int64_t dim = model->head_dim, group = model->num_heads / model->num_kv_heads,
+                  size = model->block_size;
     const int64_t end = step->positions[row] + 1;
     const Context context = {
         .keys = layer->keys + kv_head * dim * size,
@@ -592,7 +612,8 @@ static void attend(const Model *model, const Layer *layer, const Step *step, int
     float *gathered = scratch + MAX_GROUP * score_stride;
     for (int64_t g = 0; g < group; g += MAX_GROUP) {
         const int64_t count = group - g < MAX_GROUP ? group - g : MAX_GROUP, head = kv_head * group + g;
-        ATTEND_GROUP[count - 1](&context, qkv + head * dim, out + head * dim, scratch, score_stride, gathered);
+        ATTEND_GROUP[count - 1](&context, qkv + head * dim, out + head * dim, scratch, score_stride,
+                                gathered);
     }
 }
 
@@ -621,7 +642,8 @@ static int64_t row_stride(const Model *model) {
 static Buffers place_buffers(const Model *model, const Step *step) {
     Buffers buffers = {.row_stride = row_stride(model),
                        .qkv_size = (model->num_heads + 2 * model->num_kv_heads) * model->head_dim};
-    buffers.thread_floats = MAX_GROUP * (step->max_context + 2 * LANES) + KEY_TILES * LANES * model->head_dim + LANES;
+    buffers.thread_floats =
+        MAX_GROUP * (step->max_context + 2 * LANES) + KEY_TILES * LANES * model->head_dim + LANES;
     buffers.x = step->scratch;
     buffers.rows = buffers.x + step->num_rows * model->hidden;
     buffers.wide = buffers.rows + step->num_rows * buffers.row_stride;
@@ -636,7 +658,8 @@ int64_t scratch_floats(const Model *model, const Step *step) {
     return (buffers.thread_scratch - buffers.x) + step->num_threads * buffers.thread_floats;
 }
 
-// Waits until all threads are here. After a short while it gives way: the one that is late may need this processor.
+// Waits until all threads are here. After a short while it gives way: the one that is late may need this
+// processor.
 static void meet(Meeting *meeting, int num_threads) {
     if (num_threads == 1) return;
     const int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
@@ -649,11 +672,11 @@ static void meet(Meeting *meeting, int num_threads) {
         if (looks >= LOOKS_BEFORE_YIELD) sched_yield();
 }
 
-static void normalize_rows(const Model *model, const Buffers *buffers, const float *weight, int64_t num_rows, int thread,
-                           int num_threads) {
+static void normalize_rows(const Model *model, const Buffers *buffers, const float *weight, int64_t num_rows,
+                           int thread, int num_threads) {
     for (int64_t row = thread; row < num_rows; row += num_threads)
-        normalize(buffers->x + row * model->hidden, weight, buffers->rows + row * buffers->row_stride, model->hidden,
-                  (float)model->eps);
+        normalize(buffers->x + row * model->hidden, weight, buffers->rows + row * buffers->row_stride,
+                  model->hidden, (float)model->eps);
 }
 
 // The rows that go on behind the last layer's keys and values: those that are sampled, moved to the front.
@@ -664,13 +687,14 @@ static void keep_samples(const Model *model, const Step *step, const Buffers *bu
                    (size_t)model->hidden * sizeof(float));
 }
 
-static void run_layer(const Model *model, const Step *step, const Buffers *buffers, const Layer *layer, int is_last,
-                      int thread, int num_threads) {
+static void run_layer(const Model *model, const Step *step, const Buffers *buffers, const Layer *layer,
+                      int is_last, int thread, int num_threads) {
     const int64_t stride = buffers->row_stride, hidden = model->hidden;
     int64_t num_rows = step->num_rows;
     normalize_rows(model, buffers, layer->input_norm, num_rows, thread, num_threads);
     meet(buffers->meeting, num_threads);
-    multiply(&layer->qkv, buffers->rows, stride, buffers->wide, buffers->qkv_size, num_rows, STORE, thread, num_threads);
+    multiply(&layer->qkv, buffers->rows, stride, buffers->wide, buffers->qkv_size, num_rows, STORE, thread,
+             num_threads);
     meet(buffers->meeting, num_threads);
     for (int64_t row = thread; row < num_rows; row += num_threads)
         place_row(model, layer, step, row, buffers->wide + row * buffers->qkv_size);
@@ -689,7 +713,8 @@ static void run_layer(const Model *model, const Step *step, const Buffers *buffe
     meet(buffers->meeting, num_threads);
     normalize_rows(model, buffers, layer->post_norm, num_rows, thread, num_threads);
     meet(buffers->meeting, num_threads);
-    multiply(&layer->gate_up, buffers->rows, stride, buffers->wide, stride, num_rows, SILU_MULTIPLY, thread, num_threads);
+    multiply(&layer->gate_up, buffers->rows, stride, buffers->wide, stride, num_rows, SILU_MULTIPLY, thread,
+             num_threads);
     meet(buffers->meeting, num_threads);
     multiply(&layer->down, buffers->wide, stride, buffers->x, hidden, num_rows, ADD, thread, num_threads);
     meet(buffers->meeting, num_threads);
@@ -702,8 +727,10 @@ static int32_t best_place(const float *numbers, int64_t count) {
     int64_t i = 0;
     for (; i < count; i += WIDTH) {
         vec x = splat(-INFINITY);
-        if (i + WIDTH <= count) x = load(numbers + i);
-        else memcpy(&x, numbers + i, (size_t)(count - i) * sizeof *numbers);
+        if (i + WIDTH <= count)
+            x = load(numbers + i);
+        else
+            memcpy(&x, numbers + i, (size_t)(count - i) * sizeof *numbers);
         is_nan |= x != x;
         best = choose(x > best, x, best);
     }
@@ -715,7 +742,8 @@ static int32_t best_place(const float *numbers, int64_t count) {
     return (int32_t)i;
 }
 
-static void run_thread(const Model *model, const Step *step, const Buffers *buffers, int thread, int num_threads) {
+static void run_thread(const Model *model, const Step *step, const Buffers *buffers, int thread,
+                       int num_threads) {
     for (int64_t row = thread; row < step->num_rows; row += num_threads)
         embed(model, step, step->tokens[row], buffers->x + row * model->hidden);
     meet(buffers->meeting, num_threads);
@@ -723,8 +751,8 @@ static void run_thread(const Model *model, const Step *step, const Buffers *buff
         run_layer(model, step, buffers, model->layers + i, i == model->num_layers - 1, thread, num_threads);
     normalize_rows(model, buffers, model->final_norm, step->num_samples, thread, num_threads);
     meet(buffers->meeting, num_threads);
-    multiply(&model->head, buffers->rows, buffers->row_stride, step->logits, model->head.num_out, step->num_samples,
-             STORE, thread, num_threads);
+    multiply(&model->head, buffers->rows, buffers->row_stride, step->logits, model->head.num_out,
+             step->num_samples, STORE, thread, num_threads);
     meet(buffers->meeting, num_threads);
     for (int64_t i = thread; i < step->num_samples; i += num_threads)
         step->best[i] = best_place(step->logits + i * model->head.num_out, model->head.num_out);
