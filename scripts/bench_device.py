@@ -4,8 +4,8 @@
 
 `--peers` is a Python that has llama-cpp-python, gguf and, for its rows, onnxruntime-genai. All engines stay
 loaded and take turns, in another order each round, so that a disturbance hits them alike. Rates are medians
-of tokens per second of CPU time, ratios medians of the ratios within a round. A genai model is made first,
-by `python -m onnxruntime_genai.models.builder -p int4 -e cpu`.
+of tokens per second of CPU time, ratios medians of the ratios within a round. Models that FOLDER has are not
+made again. A genai model is made first, by `python -m onnxruntime_genai.models.builder -p int4 -e cpu`.
 """
 
 from __future__ import annotations
@@ -81,18 +81,22 @@ def start(name: str, python: str, kind: str, path: Path, options: dict[str, Any]
 
 
 def our_engines(model: Path, work: Path) -> list[Engine]:
+    out = []
+    for name in OURS:
+        file, prefill = work / f"{name}.onnx", work / f"{name}.prefill.onnx"
+        if not file.exists():
+            build(model, name, file)
+        options = {"kv": KV, "prefill": str(prefill) if prefill.exists() else None}
+        size = sum(path.stat().st_size for path in (file, prefill) if path.exists())
+        out.append(start(f"longshore {name}", sys.executable, "longshore", file, options, size))
+    return out
+
+
+def build(model: Path, name: str, file: Path) -> None:
     from longshore_export.checkpoint import load_checkpoint
     from longshore_export.variant import build_variant
 
-    checkpoint, out = load_checkpoint(model), []
-    for name in OURS:
-        built = build_variant(checkpoint, name, work / f"{name}.onnx")
-        options = {"kv": KV, "prefill": str(built.prefill_file) if built.prefill_file else None}
-        engine = start(
-            f"longshore {name}", sys.executable, "longshore", built.file, options, built.size_bytes
-        )
-        out.append(engine)
-    return out
+    build_variant(load_checkpoint(model), name, file)
 
 
 def peer_engines(peers: str, model: Path, work: Path, args: argparse.Namespace) -> list[Engine]:
