@@ -1,4 +1,4 @@
-"""The Android example's core on a JDK against a real edge: downloads, keys, versions, fallback mid-answer."""
+"""The Android example's core on a JDK: the golden vectors; downloads, keys and fallback on a real edge."""
 
 from __future__ import annotations
 
@@ -11,13 +11,33 @@ from typing import Any
 
 import pytest
 
-from clients.conftest import API_KEY, KEY, KEY_ID, NEXT_KEY, NEXT_KEY_ID, Chat, Harbour
-from clients.test_golden import load
+from clients.conftest import API_KEY, KEY, KEY_ID, NEXT_KEY, NEXT_KEY_ID, STUDENT, Chat, Harbour
+from clients.test_golden import GOLDEN, load
 from longshore.wire import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 TRUST = {"keys": [{"key_id": KEY_ID, "public_key": KEY.public_key.text}]}
+
+
+def test_kotlin_reproduces_them(kotlin_core: list[str]) -> None:
+    command = [*kotlin_core, "longshore.core.GoldenVectorsKt", str(GOLDEN), str(STUDENT / "tokenizer.json")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    for name in (
+        "tokenizer",
+        "template",
+        "pictures",
+        "bundles",
+        "runtimes",
+        "rotations",
+        "signatures",
+        "buckets",
+        "downloads",
+        "answers",
+    ):
+        assert f"{name}: {len(load(name)['cases'])} cases" in ran.stdout
+    assert ran.stdout.endswith("0 failed\n")
 
 
 class Phone:
