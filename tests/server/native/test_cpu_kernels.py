@@ -191,8 +191,10 @@ def test_other_settings_take_torchs_path(settings, make_engine, greedy) -> None:
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path: Path) -> Path:
-    """An empty cache folder's parent, and a loader that remembers nothing."""
+    """An empty cache folder's parent, and a loader that remembers nothing and compiles in a hurry."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = tuple(flag.replace("-O2", "-O0") for flag in library_module.FLAGS)
+    monkeypatch.setattr(library_module, "FLAGS", flags)
     load_library.cache_clear()
     yield tmp_path
     load_library.cache_clear()

@@ -57,7 +57,9 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def find_compiler() -> str | None:
-    """The path of the first C compiler there is, CC's before others."""
+    """The path of the first C compiler there is, CC's before others; None also where there is no POSIX."""
+    if os.name != "posix":
+        return None
     names = (os.environ.get("CC", ""), *COMPILERS)
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
