@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,10 +23,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText
 from websockets.asyncio.client import connect
 
+from edge.harness import KEY as EDGE_KEY
+from edge.harness import CoreProcess, edge_toml, start_edge
+from longshore import Client
 from longshore.images import pixel_values
 from longshore.tier_process import TierProcess
 from shop.models import MODELS
-from shop.picture_questions import PICTURE_KINDS, ask
+from shop.picture_questions import PICTURE_KINDS, ask, picture_messages
 from shop.pictures import Photo, draw_photo, make_photo
 
 MODEL = "shop-vision"
@@ -259,6 +263,29 @@ async def test_a_raw_prompt_cannot_name_a_picture_that_is_not_there(http, prompt
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
     response = await http.post("/v1/completions", json=asked | {"prompt": "hello"})
     assert response.status_code == 200
+
+
+def test_the_whole_way_from_the_sdk_through_an_edge(core: SeeingCore, tmp_path: Path) -> None:
+    """A PIL image in; the core's answer out, and the second time the edge's, from its cache."""
+    question = ask(Random(1), photo(31), "product")
+    image = {"type": "image", "image": draw_photo(photo(31))}
+    behind = CoreProcess("core-1", int(core.url.rpartition(":")[2]), None)  # type: ignore[arg-type]
+    with (
+        start_edge(tmp_path, edge_toml([behind], core_extra=f'api_key = "{KEY}"')) as edge,
+        Client(edge_url=edge.url, api_key=EDGE_KEY) as client,
+    ):
+        first, second = (
+            client.chat.completions.create(
+                model=MODEL, messages=picture_messages(question, image), temperature=0
+            )
+            for _ in range(2)
+        )
+    assert question.is_correct(first.choices[0].message.content or "")
+    assert second.choices == first.choices
+    for answer, tier in ((first, "core"), (second, "edge")):
+        assert answer.longshore is not None
+        assert (answer.longshore.served_by, answer.longshore.cached) == (tier, tier == "edge")
+        assert [use.width_px for use in answer.longshore.images] == [320]
 
 
 async def test_answers_to_a_picture_survive_the_engines_death(core: SeeingCore, http) -> None:
