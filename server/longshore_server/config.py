@@ -106,6 +106,7 @@ class CoreConfig:
     load_format: Literal["auto", "random"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "fp8"] = "none"
+    fuse_layers: bool | None = None
     device: Name = "auto"
     max_model_len: Count | None = None
     block_size: Annotated[int, Interval(ge=1, le=1024)] = 16

@@ -59,6 +59,7 @@ port = 0
 dtype = "float32"
 device = "cpu"
 num_threads = 1
+fuse_layers = false  # answers that last long enough to be broken into
 max_num_seqs = 8
 max_waiting = 8
 max_in_flight_per_tenant = {MAX_IN_FLIGHT}
