@@ -19,8 +19,8 @@ from longshore_server.native.attention.page_bounds import PageBounds, bounds_byt
 from longshore_server.native.attention.probe import probe_geometries
 from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
+from longshore_server.native.cpu.compiled import load_library
 from longshore_server.native.cpu.decoder import CompiledDecoder, can_compile
-from longshore_server.native.cpu.library import load_library
 from longshore_server.native.cpu.runner import CpuRunner
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.images import ImageGeometry

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
-from longshore_server.native.cpu import library as library_module
-from longshore_server.native.cpu import structs
-from longshore_server.native.cpu.library import cache_folder, find_compiler, is_row_invariant, load_library
+from longshore_server.native.cpu import compiled, structs
+from longshore_server.native.cpu.compiled import cache_folder, find_compiler, is_row_invariant, load_library
 from longshore_server.native.cpu.packing import PackedMatrix
 from longshore_server.native.cpu.runner import CpuRunner
 
@@ -108,11 +107,11 @@ def test_bits_do_not_depend_on_threads_company_or_block_size(make_engine) -> Non
         torch.set_num_threads(1)
 
 
-@pytest.mark.skipif("avx2" not in library_module._processor(), reason="no processor with two widths")
+@pytest.mark.skipif("avx2" not in compiled._processor(), reason="no processor with two widths")
 def test_bits_do_not_depend_on_the_width_of_vectors(make_engine, monkeypatch, tmp_path) -> None:
     """So an answer can go on to the bit on a machine with another processor."""
     expected = logprobs(make_engine("qwen3"), PROMPTS)
-    library_module.build(find_compiler(), tmp_path / "narrow.so", "haswell")
+    compiled.build(find_compiler(), tmp_path / "narrow.so", "haswell")
     library = ctypes.CDLL(str(tmp_path / "narrow.so"))
     structs.declare(library)
     assert is_row_invariant(library)
@@ -193,8 +192,8 @@ def test_other_settings_take_torchs_path(settings, make_engine, greedy) -> None:
 def fresh(monkeypatch, tmp_path: Path) -> Path:
     """An empty cache folder's parent, and a loader that remembers nothing and compiles in a hurry."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    flags = tuple(flag.replace("-O2", "-O0") for flag in library_module.FLAGS)
-    monkeypatch.setattr(library_module, "FLAGS", flags)
+    flags = tuple(flag.replace("-O2", "-O0") for flag in compiled.FLAGS)
+    monkeypatch.setattr(compiled, "FLAGS", flags)
     load_library.cache_clear()
     yield tmp_path
     load_library.cache_clear()
@@ -205,7 +204,7 @@ def test_it_is_compiled_once_for_a_machine(fresh, monkeypatch) -> None:
     (built,) = (fresh / "longshore" / "cpu").iterdir()
     assert cache_folder() == built.parent and not built.parent.stat().st_mode & 0o077
     load_library.cache_clear()
-    monkeypatch.setattr(library_module, "build", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(compiled, "build", lambda *_: pytest.fail("compiled again"))
     assert load_library() is not None
 
 
@@ -234,12 +233,12 @@ def test_a_compiler_that_fails_is_survived(fresh, monkeypatch, caplog) -> None:
 
 def test_kernels_whose_rows_depend_on_others_are_refused(fresh, monkeypatch, tmp_path, caplog) -> None:
     """A product that rounds otherwise for one row: the check that guards the promise must see it."""
-    source = library_module.SOURCE.read_text()
+    source = compiled.SOURCE.read_text()
     wrong = source.replace(
         "panel_words), matrix->num_in, in,", "panel_words), matrix->num_in - (rows == 1), in,"
     )
     assert wrong != source
     (tmp_path / "wrong.c").write_text(wrong)
-    monkeypatch.setattr(library_module, "SOURCE", tmp_path / "wrong.c")
+    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "wrong.c")
     assert load_library() is None
     assert "not row-invariant" in caplog.text

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from longshore_server.native import EngineConfig, NativeEngine
-from longshore_server.native.cpu.library import load_library
+from longshore_server.native.cpu.compiled import load_library
 from longshore_server.native.cpu.runner import CpuRunner
 from longshore_server.native.errors import InvalidRequestError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.images import (

@@ -55,7 +55,7 @@ class CompiledDecoder:
     """All of a causal language model that `can_compile`; `attach` it to a KV cache before it runs."""
 
     def __init__(self, library: ctypes.CDLL, model: PreTrainedModel, max_model_len: int) -> None:
-        self.library = library
+        self.kernels = library
         decoder: Any = model.model
         first = decoder.layers[0]
         attention = first.self_attn

@@ -94,7 +94,7 @@ class CpuRunner:
             best=best.buffer_info()[0],
         )
         self._make_room(step)
-        self.decoder.library.run_step(self.decoder.struct, step)
+        self.decoder.kernels.run_step(self.decoder.struct, step)
         return self._logits[:num_samples], best
 
     @staticmethod
@@ -109,7 +109,7 @@ class CpuRunner:
             shown.append(rows)
 
     def _make_room(self, step: structs.Step) -> None:
-        needed = self.decoder.library.scratch_floats(self.decoder.struct, step)
+        needed = self.decoder.kernels.scratch_floats(self.decoder.struct, step)
         if needed > len(self._scratch):
             self._scratch = torch.empty(needed)
         step.scratch = self._scratch.data_ptr()
