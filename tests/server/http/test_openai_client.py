@@ -232,9 +232,11 @@ def test_vips_pass_the_line(core: Core) -> None:
 
     def ask(name: str, key: str, **fields: Any) -> None:
         with core.openai(key) as client:
-            for _ in _ask(client, stream=True, max_tokens=2, n=4, **fields):
-                started.append(name)
-                break
+            # read to its end, so that the next one starts well after this one was noticed
+            stream = _ask(client, stream=True, max_tokens=150, n=4, extra_body={"ignore_eos": True}, **fields)
+            for number, _ in enumerate(stream):
+                if number == 0:
+                    started.append(name)
 
     waiting = [
         threading.Thread(target=ask, args=("standard", core.key)),
@@ -243,7 +245,7 @@ def test_vips_pass_the_line(core: Core) -> None:
     with core.openai() as client:
         held = [  # they fill all slots and end one after the other
             _ask(client, stream=True, n=4, max_tokens=max_tokens, extra_body={"ignore_eos": True})
-            for max_tokens in (400, 600)
+            for max_tokens in (400, 800)
         ]
         for number, thread in enumerate(waiting, 1):
             thread.start()
