@@ -41,3 +41,10 @@ class BatchLayout:
             positions = range(span.context_len - span.num_rows, span.context_len)
             slots += [table[position // size] * size + position % size for position in positions]
         return slots
+
+
+def cut_tiles(num_rows: list[int], rows_per_tile: int) -> tuple[list[int], list[int]]:
+    """The span and first row of each tile; late tiles see the most context and come first."""
+    tiles = [(span, offset) for span, rows in enumerate(num_rows) for offset in range(0, rows, rows_per_tile)]
+    tiles.sort(key=lambda tile: -tile[1])
+    return [span for span, _ in tiles], [offset for _, offset in tiles]

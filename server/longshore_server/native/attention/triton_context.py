@@ -14,7 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from longshore_server.native.attention.interface import FusedContext, SampledRows
 from longshore_server.native.attention.kv_cache import KVTarget, PagedKVCache
-from longshore_server.native.attention.layout import BatchLayout, Span
+from longshore_server.native.attention.layout import BatchLayout, Span, cut_tiles
 from longshore_server.native.attention.triton_decode import decode_attention
 from longshore_server.native.attention.triton_extend import ExtendSpans, extend_attention, tile_rows
 from longshore_server.native.attention.triton_write import write_kv
@@ -182,13 +182,6 @@ def may_flash(cache: PagedKVCache, model_dtype: torch.dtype) -> bool:
     dims = {pages.shape[3] for pages in (*cache.keys, *cache.values)}
     is_even = len(dims) == 1 and max(dims) <= MAX_FLASH_DIM
     return is_even and model_dtype in FLASH_DTYPES and cache.device.type == "cuda"
-
-
-def cut_tiles(num_rows: list[int], rows_per_tile: int) -> tuple[list[int], list[int]]:
-    """The span and first row of each tile; late tiles see the most context and come first."""
-    tiles = [(span, offset) for span, rows in enumerate(num_rows) for offset in range(0, rows, rows_per_tile)]
-    tiles.sort(key=lambda tile: -tile[1])
-    return [span for span, _ in tiles], [offset for _, offset in tiles]
 
 
 def cache_tile_rows(cache: PagedKVCache, dtype: torch.dtype) -> int:

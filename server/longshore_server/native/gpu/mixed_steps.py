@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.gpu.step_inputs import (
     context_len,
     noise_keys,
@@ -135,11 +136,10 @@ def _pack_spans(
     columns = {"first_rows": firsts, "span_rows": num_rows, "span_lens": lens, "span_seats": seats}
     for name, values in columns.items():
         of[name][:num_spans] = values
-    tiles = [(span, row) for span, rows in enumerate(num_rows) for row in range(0, rows, shape.tile_rows)]
-    tiles.sort(key=lambda tile: -tile[1])  # late tiles see the most context and come first
+    tile_spans, tile_offsets = cut_tiles(num_rows, shape.tile_rows)
     of["tile_spans"][:] = MAX_SPANS
-    of["tile_spans"][: len(tiles)] = [span for span, _ in tiles]
-    of["tile_offsets"][: len(tiles)] = [row for _, row in tiles]
+    of["tile_spans"][: len(tile_spans)] = tile_spans
+    of["tile_offsets"][: len(tile_offsets)] = tile_offsets
 
 
 def _pack_kept(

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD, SampledRows
 from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.attention.triton_context import (
     MIN_FLASH_ROWS,
     StepTables,
     TritonContext,
     cache_tile_rows,
-    cut_tiles,
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
