@@ -67,7 +67,7 @@ def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
     """Teacher-forced: each token is the likeliest in float32, or one that bf16 cannot tell from it.
 
     What bf16 can tell is measured on transformers' own bf16 model: a logit that may be off by so much lets a
-    token win that is up to twice as much behind.
+    token win that is up to twice as much behind. And its likeliest is that of float32 about as often.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,14 +82,18 @@ def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
         rounded = [oracle(ids).logits[0].float() for ids in sequences]
         exact = [oracle.float()(ids).logits[0] for ids in sequences]
     noise = max(float((x - y).abs().max()) for x, y in zip(rounded, exact, strict=True))
-    num_equal = 0
+    num_exact = num_exact_of_oracle = 0
     for prompt, answer, bf16, fp32 in zip(prompts, answers, rounded, exact, strict=True):
         chosen = torch.tensor(answer, device="cuda")
         rows = slice(len(prompt) - 1, -1)
-        num_equal += int((bf16[rows].argmax(-1) == chosen).sum())
+        likeliest = fp32[rows].argmax(-1)
+        num_exact += int((chosen == likeliest).sum())
+        num_exact_of_oracle += int((bf16[rows].argmax(-1) == likeliest).sum())
         gap = fp32[rows].max(-1).values - fp32[rows].gather(1, chosen[:, None])[:, 0]
         assert gap.max() <= 2 * noise, (float(gap.max()), noise)
-    assert num_equal >= 0.9 * 40 * len(prompts)
+    num_tokens = GREEDY.max_tokens * len(prompts)
+    print(f"{num_exact} of {num_tokens} are exact, {num_exact_of_oracle} of transformers' in bf16")
+    assert num_exact >= num_exact_of_oracle - 0.05 * num_tokens
     assert engine._runner._graphs.captured_shapes  # type: ignore[union-attr]
 
 

@@ -145,8 +145,7 @@ def test_two_ranks_capture_graphs_and_keep_clean_books() -> None:
             engine.check_integrity()
             assert num_ended == NUM_RANDOM_REQUESTS and engine.stats().kv_usage == 0.0
             assert engine.stats().preemptions > 0
-            graphs = engine._runner._graphs
-            captured = getattr(graphs, "captured_shapes", None) or graphs.captured_buckets
+            captured = engine._runner._graphs.captured_shapes
             print(f"captured: {captured}")
             assert bool(captured) == _has_two_gpus()  # gloo goes through the host
         finally:

@@ -61,7 +61,6 @@ def _decode_kernel(
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    wait_for_previous(PDL)
     context = tl.load(context_lens + row).to(tl.int32)
     table = tables + tl.load(table_rows + row).to(tl.int64) * table_stride
     first = 0
@@ -74,6 +73,8 @@ def _decode_kernel(
     num_busy = tl.cdiv(num_tiles, tiles_per_split)
     if split >= tl.maximum(num_busy, 1):  # an empty context still gets its zeros
         return
+    # Lengths and tables stand since the step began: only what earlier kernels of the step give is waited for.
+    wait_for_previous(PDL)
     low = first_tile + split * tiles_per_split
     high = tl.minimum(low + tiles_per_split, end_tile)
 

@@ -176,11 +176,12 @@ def add_rms_norm(
     output, scales = _output(num_rows, width, weight.dtype, x.values.device, to_fp8)
     new_residual = x.values if residual is None else torch.empty_like(residual)
     pdl = has_dependent_launch(x.values.device)
+    block = triton.next_power_of_2(width)
     _add_rms_norm_kernel[(num_rows,)](
         *_pointers(x), residual, weight, new_residual, output, scales, width, eps,
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None,
         HAS_RESIDUAL=residual is not None, TO_FP8=to_fp8,
-        BLOCK=triton.next_power_of_2(width), PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(width, num_rows),
+        BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(block),
     )  # fmt: skip
     return (Fp8Rows(output, scales) if to_fp8 else output), new_residual
 
@@ -216,9 +217,10 @@ def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
     num_rows, width = matrix.shape
     output, scales = _output(num_rows, width, matrix.dtype, matrix.device, True)
     pdl = has_dependent_launch(matrix.device)
+    block = triton.next_power_of_2(width)
     _quantize_kernel[(num_rows,)](
         matrix, output, scales, width, matrix.stride(0),
-        BLOCK=triton.next_power_of_2(width), PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(width, num_rows),
+        BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(block),
     )  # fmt: skip
     return Fp8Rows(output, scales)
 
@@ -236,8 +238,6 @@ def _pointers(x: ScaledOutput) -> tuple[torch.Tensor, ...]:
     return (x.values, *(x.values if part is None else part for part in optional))
 
 
-def _num_warps(block: int, num_rows: int) -> int:
-    """Many threads where a step waits for few rows, fewer where many rows share a multiprocessor."""
-    if block > 16384:
-        return 32
-    return max(4, min(16 if num_rows <= MAX_SINGLE_ROWS else 8, block // 512))
+def _num_warps(block: int) -> int:
+    """16 numbers a thread, by the block alone: how a row is added up must not depend on who is beside it."""
+    return max(4, min(16, block // 512)) if block <= 16384 else 32
