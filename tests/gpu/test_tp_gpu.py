@@ -37,12 +37,14 @@ CONFIG: dict[str, Any] = {
     "head_dim": 128, "vocab_size": 32000, "max_position_embeddings": 1024, "eos_token_id": 2,
     "initializer_range": 0.06, "tie_word_embeddings": False,
 }  # fmt: skip
-PROMPTS = [[(7 * i + k) % 31000 + 5 for i in range(40 + 60 * k)] for k in range(4)]
-# bf16 holds 8 bits, and partial sums of ranks are rounded before they are added; FP8 holds 4.
-LOGPROB_TOLERANCE = {"none": 0.15, "fp8": 0.5}
+PROMPTS = [[(7 * i + 911 * k) % 31000 + 5 for i in range(40 + 12 * k)] for k in range(16)]
+# bf16 holds 8 bits, and partial sums of ranks are rounded before they are added.
+MAX_LOGPROB_ERROR = 0.15
+# Ranks round what they multiply in FP8 on their own: two roundings differ by the root of 2 of what one is off.
+MAX_RATIO_TO_FP8 = 2.0
 NUM_TOKENS = 12
 NUM_RANDOM_REQUESTS = 400
-TEST_TIMEOUT_S = 75
+TEST_TIMEOUT_S = 100
 
 
 def _has_two_gpus() -> bool:
@@ -88,28 +90,37 @@ def _first_logprobs(engine: NativeEngine) -> list[tuple[int, float]]:
     return [first[str(index)] for index in range(len(PROMPTS))]
 
 
-def _compare(spread: dict[str, Any], **settings: Any) -> None:
-    """First logprobs, then greedy answers whose tokens never pass through the host."""
+def _answers(folder: Path, **settings: Any) -> tuple[torch.Tensor, list[list[list[int]]]]:
+    """Logprobs of each prompt's first token, and three rounds of greedy answers that never touch the host."""
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    found = []
+    began_s = time.monotonic()
+    engine = _engine(folder, **settings)
+    try:
+        logprobs = _first_logprobs(engine)
+        rounds = [engine.generate(PROMPTS, greedy) for _ in range(3)]  # graphs, from the second on
+    finally:
+        engine.close()
+    print(f"{settings}: {time.monotonic() - began_s:.1f} s, first tokens {[token for token, _ in logprobs]}")
+    return torch.tensor([logprob for _, logprob in logprobs]), rounds
+
+
+def _compare(spread: dict[str, Any], **settings: Any) -> None:
+    """Ranks against one rank; in FP8, where both round, by what FP8 itself changes."""
     with tempfile.TemporaryDirectory() as name:
         folder = _folder(name)
-        for ranks in ({}, spread):
-            began_s = time.monotonic()
-            engine = _engine(folder, **settings, **ranks)
-            try:
-                logprobs = _first_logprobs(engine)
-                answers = [engine.generate(PROMPTS, greedy) for _ in range(3)]  # graphs, from the second on
-            finally:
-                engine.close()
-            print(f"{ranks or 'one rank'} {settings}: {time.monotonic() - began_s:.1f} s, {logprobs}")
-            found.append((logprobs, answers))
-    (whole, alone), (shared, together) = found
-    for (_, one), (_, several) in zip(whole, shared, strict=True):
-        assert abs(one - several) < LOGPROB_TOLERANCE[settings.get("quantization", "none")], (whole, shared)
+        one, alone = _answers(folder, **settings)
+        several, together = _answers(folder, **settings, **spread)
+        error = one - several
+        if "quantization" in settings:
+            exact, _ = _answers(folder)
+            off, most = float(error.norm()), MAX_RATIO_TO_FP8 * float((one - exact).norm())
+        else:
+            off, most = float(error.abs().max()), MAX_LOGPROB_ERROR
+    print(f"first logprobs are off by {off:.3f}, {most:.3f} are allowed")
+    assert off <= most
     firsts = [a[0] == b[0] for a, b in zip(alone[0], together[0], strict=True)]
     print(f"first tokens equal: {sum(firsts)} of {len(firsts)}")
-    assert sum(firsts) >= len(firsts) - (2 if "quantization" in settings else 1)
+    assert sum(firsts) >= len(firsts) * (0.4 if "quantization" in settings else 0.8)
     agreeing = [a[0] == b[0] for a, b in zip(together[1], together[2], strict=True)]
     assert sum(agreeing) >= len(agreeing) - 1, "a graph's answers differ from those of the step it holds"
 
