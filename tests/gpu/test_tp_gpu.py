@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
 PROMPTS = [[(7 * i + 911 * k) % 31000 + 5 for i in range(40 + 12 * k)] for k in range(16)]
 # bf16 holds 8 bits, and partial sums of ranks are rounded before they are added.
 MAX_LOGPROB_ERROR = 0.15
-# Ranks round what they multiply in FP8 on their own: two roundings differ by the root of 2 of what one is off.
+# Ranks round what they multiply in FP8 on their own: two roundings differ by the root of 2 of one.
 MAX_RATIO_TO_FP8 = 2.0
 NUM_TOKENS = 12
 NUM_RANDOM_REQUESTS = 400

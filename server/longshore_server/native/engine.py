@@ -422,7 +422,11 @@ class NativeEngine:
         )
 
     def close(self) -> None:
-        """Ends the other ranks, where there are any; also done when the engine is collected."""
+        """Ends what captured steps and other ranks hold; no step may follow. Harmless when repeated.
+
+        The other ranks end as well when the engine is collected unclosed.
+        """
+        self._runner.close()
         if self._ranks is not None:
             self._ranks.close()
 

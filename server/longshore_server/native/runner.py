@@ -28,6 +28,8 @@ class Runner(Protocol):
 
     def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]: ...
 
+    def close(self) -> None: ...  # after it, no step is launched
+
 
 class ModelRunner:
     """Runs a model over a paged KV cache, each step to its end."""
@@ -52,6 +54,9 @@ class ModelRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Zeroes blocks that change owner; call before run()."""
         self.cache.clear_blocks(blocks)
+
+    def close(self) -> None:
+        """Nothing: each step has ended."""
 
     def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]:
         """Runs the chunks; the results are what the callable gives."""

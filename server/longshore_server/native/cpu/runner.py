@@ -32,6 +32,9 @@ class CpuRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing to clear: what stands behind a row's context is not read."""
 
+    def close(self) -> None:
+        """Nothing: each step has ended."""
+
     def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]:
         """Runs the chunks; the results are what the callable gives."""
         results = self.run(chunks)

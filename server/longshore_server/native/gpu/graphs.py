@@ -54,6 +54,13 @@ class StepGraphs(Generic[Shape]):
         """Captures nothing more."""
         self._is_on = False
 
+    def close(self) -> None:
+        """Destroys the captured steps. NCCL's communicators do not end before the graphs that hold their work."""
+        self.switch_off()
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+
     def run(self, host_inputs: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """`host_inputs` is pinned; it is copied without waiting."""
         captured = self._captured.get(shape)

@@ -94,6 +94,13 @@ class GpuRunner:
         self._graphs.switch_off()
         self._mixed_graphs.switch_off()
 
+    def close(self) -> None:
+        """Waits for what is launched, and destroys the captured steps."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self.device)
+        self._graphs.close()
+        self._mixed_graphs.close()
+
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
 

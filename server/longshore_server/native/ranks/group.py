@@ -214,7 +214,10 @@ class RankGroup:
     # --- the end ---
 
     def close(self) -> None:
-        """Ends all ranks: in order, by the end of their sockets, or by a kill after END_TIMEOUT_S."""
+        """Ends all ranks: in order, by the end of their sockets, or by a kill after END_TIMEOUT_S.
+
+        The first rank's captured steps must be gone: its end of NCCL waits for them.
+        """
         self._is_closing = True
         self._shut_sockets()
         for handle in self._handles:
@@ -226,6 +229,9 @@ class RankGroup:
         watcher = getattr(self, "_watcher", None)
         if watcher is not None and watcher is not threading.current_thread():
             watcher.join(END_TIMEOUT_S)
+        if self._links is not None and self.lost is None:
+            self._links.abort()  # left to the garbage collector, it would wait there for ranks that are gone
+        self._links = None
         for each in self._sockets:
             each.close()
         self._meeting_place.close()

@@ -13,7 +13,7 @@ from longshore_server.native.errors import ConfigError, ModelLoadError, RanksLos
 from longshore_server.native.model.load import read_model_config
 from longshore_server.native.model.placement import check_ranks, rank_device
 from longshore_server.native.ranks.group import OnLost, RankedRunner, RankGroup, start_process
-from longshore_server.native.runner import ModelRunner
+from longshore_server.native.runner import ModelRunner, Runner
 from longshore_server.native.startup import BuiltModel, build
 
 
@@ -34,8 +34,13 @@ def build_on_ranks(
         group.close()
         raise
     runner = RankedRunner(built.runner, group)
-    weakref.finalize(runner, group.close)
+    weakref.finalize(runner, _end, built.runner, group)
     return dataclasses.replace(built, runner=cast(ModelRunner, runner)), group
+
+
+def _end(first: Runner, group: RankGroup) -> None:
+    first.close()
+    group.close()
 
 
 def _build_first(config: EngineConfig, group: RankGroup) -> BuiltModel:
