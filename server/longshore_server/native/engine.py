@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PRIORITY = 1_000_000
 
-ChunkResult = SampledToken | None | Exception
+ChunkResult = SampledToken | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,10 +317,11 @@ class NativeEngine:
         except Exception as error:  # whatever one request's forward raises must not end the others
             if len(chunks) == 1:
                 logger.exception("request %s failed in the model", chunks[0].sequence.request_id)
-                failure: list[ChunkResult] = [error]
+                failure = [SampledToken(0, error=f"{type(error).__name__} in the model")]
                 return [Launch(chunks, lambda: failure)]
-            half = len(chunks) // 2
-            return self._launch_chunks(chunks[:half]) + self._launch_chunks(chunks[half:])
+        # Behind the handler, where no traceback keeps the tensors of the pass that failed.
+        half = len(chunks) // 2
+        return self._launch_chunks(chunks[:half]) + self._launch_chunks(chunks[half:])
 
     def _postprocess(self, step: LaunchedStep) -> list[TokenOutput]:
         outputs, self._endings = self._endings, []
@@ -340,8 +341,6 @@ class NativeEngine:
         sequence = chunk.sequence
         if sequence.status is SequenceStatus.FINISHED:
             return None  # it ended while this was under way
-        if isinstance(result, Exception):
-            return self._fail(sequence, f"{type(result).__name__} in the model")
         if result is not None and result.error is not None:
             return self._fail(sequence, result.error)
         self._scheduler.commit(chunk)

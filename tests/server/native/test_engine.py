@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import random
+import weakref
 
 import pytest
 import torch
@@ -159,18 +162,26 @@ def test_abort_is_reported_once_and_frees_everything(make_engine, greedy) -> Non
 # --- one request's failure ---
 
 
+class Activations:
+    """What a pass holds while it runs."""
+
+
 class Poison:
     """A model forward that misbehaves when a token of the batch is the poison."""
 
     def __init__(self, engine, token: int, mode: str) -> None:
         self.model, self.token, self.mode = engine._runner.model, token, mode
         self.num_calls = 0
+        self.passes = weakref.WeakSet()  # those that failed and still hold memory
         engine._runner.model = self
 
     def __call__(self, input_ids, logits_to_keep, **arguments):
         self.num_calls += 1
         poisoned = (input_ids[0] == self.token).nonzero()
         if len(poisoned) and self.mode == "raise":
+            activations = Activations()
+            self.passes.add(activations)
+            assert len(self.passes) == 1, "an earlier pass still holds its memory"
             raise RuntimeError("poison")
         output = self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **arguments)
         if self.mode == "nan":
@@ -186,11 +197,18 @@ def test_a_request_that_breaks_the_model_ends_alone(mode, make_engine, greedy) -
     expected = dict(zip(prompts, engine.generate(list(prompts.values()), params), strict=True))
 
     engine = make_engine("llama", fuse_layers=False)
-    Poison(engine, token=99, mode=mode)
+    poison = Poison(engine, token=99, mode=mode)
     for request_id, prompt in prompts.items():
         engine.add_request(request_id, prompt, params)
     engine.add_request("bad", [5, 6, 99], params)
-    outputs = _drain(engine)
+    logging.disable()  # pytest keeps the tracebacks that are logged
+    gc.disable()  # what a pass that failed has allocated must not wait for the collector
+    try:
+        outputs = _drain(engine)
+    finally:
+        gc.enable()
+        logging.disable(logging.NOTSET)
+    assert not poison.passes
     (bad,) = outputs.pop("bad")
     assert bad.finish_reason == "error" and bad.error and bad.token_id is None
     assert {name: [o.token_id for o in outs] for name, outs in outputs.items()} == expected

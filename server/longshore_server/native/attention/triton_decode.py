@@ -16,11 +16,11 @@ from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wai
 
 LOG2_E = 1.4426950408889634
 MIN_DOT_ROWS = 16  # a tensor-core tile's least height
-# Enough programs to fill a GPU of this many multiprocessors a few times over.
-NUM_PROGRAMS_WANTED = 4 * 132
+NUM_MULTIPROCESSORS = 132
+# Enough programs to fill the GPU a few times over.
+NUM_PROGRAMS_WANTED = 4 * NUM_MULTIPROCESSORS
 MAX_SPLITS = 64
-# Once the batch alone fills the GPU, a split is worth its adding up from so many tiles of tokens on.
-MIN_TILES_IN_BATCH = 4
+MAX_PARTS_AT_ONCE = 4  # splits that are added up in one go
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -133,17 +134,22 @@ def _decode_kernel(
             best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_GROUP], tl.float32)
             summed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
-            for other in range(num_busy):
+            for start in range(0, num_busy, PARTS_AT_ONCE):
+                parts = start + tl.arange(0, PARTS_AT_ONCE)
+                part_mask = (parts < num_busy)[:, None] & (groups[None, :] < GROUP)
                 # .cg: what other multiprocessors wrote is in the L2 cache
-                lse_place = partial_lse + part + other
-                part_lse = tl.load(lse_place, mask=groups < GROUP, other=0.0, cache_modifier=".cg")
-                part_place = part_places + other * VALUE_DIM
-                values = tl.load(part_place, mask=out_mask, other=0.0, cache_modifier=".cg")
-                new_best = tl.maximum(best, part_lse.to(tl.float32))
+                lse_places = partial_lse + part[None, :] + parts[:, None]
+                lses = tl.load(lse_places, mask=part_mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+                lses = tl.where((parts < num_busy)[:, None], lses, float("-inf"))
+                value_places = part_places[None, :, :] + parts[:, None, None] * VALUE_DIM
+                value_mask = part_mask[:, :, None] & (value_dims[None, None, :] < VALUE_DIM)
+                values = tl.load(value_places, mask=value_mask, other=0.0, cache_modifier=".cg")
+                new_best = tl.maximum(best, tl.max(lses, 0))
                 shrink = tl.exp2(best - new_best)
-                weight = tl.exp2(part_lse.to(tl.float32) - new_best)
-                total = total * shrink + weight
-                summed = summed * shrink[:, None] + values.to(tl.float32) * weight[:, None]
+                weights = tl.exp2(lses - new_best[None, :])
+                total = total * shrink + tl.sum(weights, 0)
+                weighted = values.to(tl.float32) * weights[:, :, None]
+                summed = summed * shrink[:, None] + tl.sum(weighted, 0)
                 best = new_best
             tl.store(places, (summed / total[:, None]).to(output.dtype.element_ty), mask=out_mask)
 
@@ -152,6 +158,19 @@ def split_count(num_rows: int, num_kv_heads: int) -> int:
     """Into how many parts, a power of two, a context is cut: fewer as the batch fills the GPU by itself."""
     wanted = -(-NUM_PROGRAMS_WANTED // (num_rows * num_kv_heads))
     return min(MAX_SPLITS, triton.next_power_of_2(wanted))
+
+
+def _tiles(num_rows: int, num_kv_heads: int, *, is_wide: bool) -> tuple[int, int]:
+    """Tokens of a tile, and from how many tiles on a split is worth its adding up.
+
+    Where a multiprocessor has one or two programs, only a larger tile keeps enough reads under way.
+    """
+    num_programs = num_rows * num_kv_heads
+    if num_programs < NUM_MULTIPROCESSORS:
+        return (32 if is_wide else 128), 1
+    if num_programs <= 2 * NUM_MULTIPROCESSORS and not is_wide:
+        return 128, 2
+    return (32 if is_wide else 64), 4
 
 
 def decode_attention(
@@ -181,6 +200,7 @@ def decode_attention(
         arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=query.device)
     pdl = has_dependent_launch(query.device)
     is_wide = max(key_dim, value_dim) > 128 or query.dtype == torch.float32
+    block_tokens, min_tiles = _tiles(num_rows, num_kv_heads, is_wide=is_wide)
     group = num_heads // num_kv_heads
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
         rows,
@@ -208,12 +228,13 @@ def decode_attention(
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         VALUE_DIM=value_dim,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        BLOCK_TOKENS=32 if is_wide else 64,
+        BLOCK_TOKENS=block_tokens,
         NUM_SPLITS=num_splits,
         HAS_WINDOW=window is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        MIN_TILES=MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
+        MIN_TILES=min_tiles,
+        PARTS_AT_ONCE=min(MAX_PARTS_AT_ONCE, num_splits),
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=4,
