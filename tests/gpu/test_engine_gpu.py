@@ -94,7 +94,8 @@ def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
     num_tokens = GREEDY.max_tokens * len(prompts)
     print(f"{num_exact} of {num_tokens} are exact, {num_exact_of_oracle} of transformers' in bf16")
     assert num_exact >= num_exact_of_oracle - 0.05 * num_tokens
-    assert engine._runner._graphs.captured_shapes  # type: ignore[union-attr]
+    engine._runner.settle()  # type: ignore[attr-defined]
+    assert engine._runner._graphs.captured_shapes  # type: ignore[attr-defined]
 
 
 def test_batches_agree_with_single_answers(folder) -> None:
@@ -104,11 +105,28 @@ def test_batches_agree_with_single_answers(folder) -> None:
     alone = [engine.generate([prompt], GREEDY)[0] for prompt in prompts]
     firsts = [a[0] == b[0] for a, b in zip(together, alone, strict=True)]
     assert sum(firsts) >= len(prompts) - 1
-    assert engine._runner._mixed_graphs.captured_shapes  # type: ignore[union-attr]
+    engine._runner.settle()  # type: ignore[attr-defined]
+    assert engine._runner._mixed_graphs.captured_shapes  # type: ignore[attr-defined]
     same = sum(
         x == y for a, b in zip(together, alone, strict=True) for x, y in zip(a[:5], b[:5], strict=True)
     )
     assert same >= 0.8 * 5 * len(prompts)
+
+
+def test_captured_steps_answer_as_launched_ones(folder) -> None:
+    """Shapes are captured while others go on; whichever way a step is run, its tokens are the same."""
+    rounds = [_prompts(*(1 + (37 * n * k) % 200 for n in range(1, 3 + 5 * k))) for k in range(1, 5)]
+    answers = []
+    for is_eager in (False, True):
+        engine = _engine(folder, enable_prefix_cache=False, max_num_batched_tokens=256)
+        if is_eager:
+            engine._runner.stay_eager()  # type: ignore[attr-defined]
+        answers.append([engine.generate(prompts, GREEDY) for prompts in rounds * 2])
+        shapes = engine._runner._graphs.captured_shapes, engine._runner._mixed_graphs.captured_shapes  # type: ignore[attr-defined]
+        print(f"captured: {shapes}")
+        assert all(shapes) is not is_eager
+        engine.close()
+    assert answers[0] == answers[1]
 
 
 def test_sampling_follows_the_distribution(folder) -> None:

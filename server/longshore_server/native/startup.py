@@ -88,7 +88,9 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     elif device.type == "cuda" and config.placement == "tensor_parallel" and sparsity is None:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
-        runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, features)
+        runner = GpuRunner(
+            loaded.model, cache, config.max_num_seqs, max_model_len, features, on_ranks=links is not None
+        )
         if links is not None and not links.is_nccl:
             runner.stay_eager()
     else:

@@ -1,13 +1,16 @@
-"""CUDA graphs of steps, one for each of a few shapes, captured when a shape is used again.
+"""CUDA graphs of steps, one for each of a few shapes, captured after a shape's first step.
 
-The first step of a shape runs eagerly, which compiles kernels and warms libraries up; capturing is never on
-the way to the first token. What cannot be captured goes on eagerly. It knows no sequences.
+The first step of a shape runs eagerly, which compiles kernels and warms libraries up; capturing goes on in a
+thread beside the next steps, never on the way to a token. What cannot be captured stays eager. It knows no
+sequences.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,6 +18,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+CAPTURE_TIMEOUT_S = 60.0
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 Shape = TypeVar("Shape", bound=Hashable)
@@ -27,10 +31,35 @@ class _Captured:
     outputs: tuple[torch.Tensor, torch.Tensor]
 
 
+class CaptureThread:
+    """Captures one step after the other, on `stream`. The thread is started when first needed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.stream = torch.cuda.Stream(device)
+        self._executor = ThreadPoolExecutor(1, "capture", initializer=self._prepare)
+
+    def submit(self, capture: Callable[[], _Captured]) -> Future[_Captured]:
+        return self._executor.submit(capture)
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+    def _prepare(self) -> None:
+        """A product, since cuBLAS makes each thread a handle, and none while it captures."""
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(self.stream):
+            square = torch.zeros(16, 16, dtype=torch.bfloat16, device=self._device)
+            torch.mm(square, square)
+        self.stream.synchronize()
+
+
 class StepGraphs(Generic[Shape]):
     """Runs `forward` for a shape, replayed where that is possible.
 
     `forward` goes from a step's inputs on the device to its logits [rows, vocab] and sampled tokens [rows].
+    With a `thread` it is called there too, while steps go on: it must keep nothing between its calls. Without
+    one a shape is captured in its second step, at the same one on all ranks, whose exchanges must not mix.
     The tensors that run() gives are overwritten by its next call; use them on the same stream before.
     """
 
@@ -38,13 +67,19 @@ class StepGraphs(Generic[Shape]):
         self,
         forward: Callable[[torch.Tensor, Shape], tuple[torch.Tensor, torch.Tensor]],
         device: torch.device,
+        thread: CaptureThread | None = None,
     ) -> None:
         self._forward = forward
         self._device = device
+        self._thread = thread
         self._is_on = device.type == "cuda"
+        self._stream = None
+        if self._is_on:
+            self._stream = torch.cuda.Stream(device) if thread is None else thread.stream
         self._warm: set[Shape] = set()
         self._captured: dict[Shape, _Captured] = {}
-        self._pool: object | None = None
+        self._underway: tuple[Shape, Future[_Captured]] | None = None
+        self._pool: tuple[int, int] | None = None
 
     @property
     def captured_shapes(self) -> list[Shape]:
@@ -54,40 +89,68 @@ class StepGraphs(Generic[Shape]):
         """Captures nothing more."""
         self._is_on = False
 
+    def settle(self) -> None:
+        """Waits for the capture under way, CAPTURE_TIMEOUT_S at most."""
+        if self._underway is not None:
+            with contextlib.suppress(Exception):  # _adopt() looks at what went wrong
+                self._underway[1].exception(CAPTURE_TIMEOUT_S)
+            self._adopt()
+
     def close(self) -> None:
-        """Destroys the captured steps. NCCL's communicators do not end before the graphs that hold their work."""
+        """Destroys the captured steps: NCCL's communicators do not end before graphs that hold their work."""
         self.switch_off()
+        self.settle()
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
 
     def run(self, host_inputs: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-        """`host_inputs` is pinned; it is copied without waiting."""
+        """`host_inputs` is pinned, and stays as it is; it is copied without waiting."""
+        self._adopt()
+        if self._is_on and self._thread is None and shape in self._warm and shape not in self._captured:
+            self._note(shape, lambda: self._capture(host_inputs, shape))
         captured = self._captured.get(shape)
-        if captured is None and self._is_on and shape in self._warm:
-            captured = self._capture(host_inputs, shape)
-        if captured is None:
-            self._warm.add(shape)
-            return self._forward(host_inputs.to(self._device, non_blocking=True), shape)
-        captured.inputs.copy_(host_inputs, non_blocking=True)
-        captured.graph.replay()
-        return captured.outputs
+        if captured is not None:
+            captured.inputs.copy_(host_inputs, non_blocking=True)
+            captured.graph.replay()
+            return captured.outputs
+        outputs = self._forward(host_inputs.to(self._device, non_blocking=True), shape)
+        self._warm.add(shape)
+        if self._is_on and self._thread is not None and self._underway is None:
+            capture = self._thread.submit(lambda: self._capture(host_inputs, shape))
+            self._underway = shape, capture
+        return outputs
 
-    def _capture(self, host_inputs: torch.Tensor, shape: Shape) -> _Captured | None:
-        inputs = host_inputs.to(self._device)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+    def _adopt(self) -> None:
+        """Takes over what the thread has captured by now."""
+        if self._underway is not None and self._underway[1].done():
+            (shape, capture), self._underway = self._underway, None
+            self._note(shape, capture.result)
+
+    def _note(self, shape: Shape, result: Callable[[], _Captured]) -> None:
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = self._forward(inputs, shape)
+            self._captured[shape] = result()
         except RuntimeError:  # the model does something that a graph cannot hold
             logger.exception("a step of the shape %s cannot be captured; steps stay eager", shape)
             self._is_on = False
-            torch.cuda.synchronize(self._device)
-            return None
-        self._captured[shape] = captured = _Captured(graph, inputs, outputs)
-        return captured
+
+    @torch.inference_mode()
+    def _capture(self, host_inputs: torch.Tensor, shape: Shape) -> _Captured:
+        """On a stream that is not the steps' own. Other threads may launch and allocate meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self._stream):
+            inputs = host_inputs.to(self._device)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = self._forward(inputs, shape)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return _Captured(graph, inputs, outputs)
 
 
 def bucket_of(num_rows: int) -> int | None:

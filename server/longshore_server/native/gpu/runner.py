@@ -24,7 +24,7 @@ from longshore_server.native.attention.triton_context import (
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
-from longshore_server.native.gpu.graphs import StepGraphs, bucket_of
+from longshore_server.native.gpu.graphs import CaptureThread, StepGraphs, bucket_of
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
     MAX_SPANS,
@@ -71,7 +71,10 @@ class GpuRunner:
         max_num_seqs: int,
         max_model_len: int,
         features: ImageFeatures | None = None,
+        *,
+        on_ranks: bool = False,
     ) -> None:
+        """`on_ranks`: steps hold exchanges with other ranks."""
         self.model = model
         self.cache = cache
         self._features = features
@@ -81,10 +84,12 @@ class GpuRunner:
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
         self._may_flash = may_flash(cache, model.dtype)
         self._tile_rows = cache_tile_rows(cache, model.dtype)
-        self._graphs = StepGraphs(self._decode_forward, cache.device)
-        self._mixed_graphs = StepGraphs(self._padded_forward, cache.device)
-        # a fused decoder keeps the sampled rows itself, from its last layer's attention on
+        # a fused decoder keeps the sampled rows itself, from its last layer's attention on, and no state
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
+        is_alone = self._is_cuda and self._keeps_rows and not on_ranks
+        self._capture_thread = CaptureThread(cache.device) if is_alone else None
+        self._graphs = StepGraphs(self._decode_forward, cache.device, self._capture_thread)
+        self._mixed_graphs = StepGraphs(self._padded_forward, cache.device, self._capture_thread)
         num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)
         num_kv_heads = max(pages.shape[2] for pages in cache.values)
         self._arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=cache.device)
@@ -100,6 +105,13 @@ class GpuRunner:
             torch.cuda.synchronize(self.device)
         self._graphs.close()
         self._mixed_graphs.close()
+        if self._capture_thread is not None:
+            self._capture_thread.close()
+
+    def settle(self) -> None:
+        """Waits for captures under way, so that what is measured next does not run beside them."""
+        self._graphs.settle()
+        self._mixed_graphs.settle()
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
