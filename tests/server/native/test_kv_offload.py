@@ -369,7 +369,7 @@ def test_faults_cost_work_and_never_an_answer(fault, make_engine, greedy, tmp_pa
 
         return call
 
-    module = "longshore_server.native.offload.kv_offload"
+    module = "longshore_server.native.offload.copies"
     if fault == "read":
         error = OSError(errno.EIO, "Input/output error")
         monkeypatch.setattr(file_memory.os, "pread", fail(os.pread, error))
