@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from longshore_server.native.model.placement import FeedForwardRunner, rank_devi
 from longshore_server.native.offload.shard_store import ShardStore
 from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.ranks.mirror import StepReader
+from longshore_server.native.runner import ModelRunner, Runner
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.startup import build
 
@@ -38,7 +39,7 @@ class Share(Protocol):
 class _CachingShare:
     """A slice of every layer, with the KV cache of its heads and what of it is kept elsewhere."""
 
-    def __init__(self, runner: Any, links: RankLinks, store: ShardStore | None) -> None:
+    def __init__(self, runner: Runner, links: RankLinks, store: ShardStore | None) -> None:
         self.links = links
         self._runner = runner
         self._store = store
@@ -57,7 +58,7 @@ class TensorShare(_CachingShare):
     """A share that runs each step to its end."""
 
     def run_step(self, chunks: Sequence[Chunk]) -> None:
-        self._runner.run_without_sampling(chunks)
+        cast(ModelRunner, self._runner).run_without_sampling(chunks)
 
     def mirror_step(self, payload: bytes) -> None:
         raise RankProtocolError("a step for GPUs, on a rank that runs steps one by one")
@@ -66,7 +67,7 @@ class TensorShare(_CachingShare):
 class MirroringShare(_CachingShare):
     """A share on a GPU of its own: it launches what the first rank launches, never waiting."""
 
-    def __init__(self, runner: Any, links: RankLinks, store: ShardStore | None) -> None:
+    def __init__(self, runner: Runner, links: RankLinks, store: ShardStore | None) -> None:
         super().__init__(runner, links, store)
         self._reader = StepReader()
 
