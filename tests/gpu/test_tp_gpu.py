@@ -163,6 +163,83 @@ def test_two_ranks_capture_graphs_and_keep_clean_books() -> None:
             engine.close()
 
 
+def test_two_ranks_go_on_from_blocks_that_left_and_came_back() -> None:
+    """An answer that is taken out twice, while others fill its blocks, is the undisturbed one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = _folder(name)
+        for tiers in (("host:64MiB",), (f"file:{name}:64MiB",), ("host:128KiB", f"file:{name}:64MiB")):
+            few = {"num_kv_blocks": 40, "max_model_len": 512, "enable_prefix_cache": False}
+            engine = _engine(folder, kv_swap=tiers, **few, **_spread())
+            try:
+                _always_swap(engine)
+                calm, interrupted = _take_out_twice(engine)
+                stats = engine.stats()
+                engine.check_integrity()
+            finally:
+                engine.close()
+            print(tiers, calm, interrupted, stats)
+            assert interrupted == calm
+            assert (stats.num_swap_faults, stats.num_blocks_in_swap, stats.kv_usage) == (0, 0, 0.0)
+
+
+def _take_out_twice(engine: NativeEngine) -> tuple[list[int], list[int]]:
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    tokens: dict[str, list[int]] = {}
+    for name in ("warm", "calm"):  # graphs, from the second on
+        engine.add_request(name, PROMPTS[0], params)
+        _drain(engine, tokens)
+    engine.add_request("r", PROMPTS[0], params)
+    for time_out in range(2):
+        while len(tokens.get("r", [])) < 4 * (time_out + 1):
+            _note(engine, tokens)
+        assert engine.swap_out("r")
+        for index, prompt in enumerate(PROMPTS[1:]):
+            engine.add_request(f"{time_out}-{index}", prompt, params)
+        _drain(engine, tokens)
+        before = engine.stats()
+        assert engine.swap_in("r")
+    _drain(engine, tokens)
+    after = engine.stats()
+    assert after.num_blocks_swapped_in > before.num_blocks_swapped_in > 0
+    assert after.num_prefill_tokens == before.num_prefill_tokens, "what was kept was computed again"
+    return tokens["calm"], tokens["r"]
+
+
+def test_two_ranks_swap_in_random_traffic_and_keep_clean_books() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        tiers = ("host:2MiB", f"file:{name}:64MiB")
+        few = {"num_kv_blocks": 60, "max_model_len": 128, "max_num_waiting": 64, "kv_swap": tiers}
+        engine = _engine(_folder(name), **few, **_spread())
+        try:
+            _always_swap(engine)
+            assert _random_traffic(engine, random.Random(8)) == NUM_RANDOM_REQUESTS
+            engine.check_integrity()
+            stats = engine.stats()
+        finally:
+            engine.close()
+        print(stats)
+        assert stats.num_swaps_chosen and stats.num_blocks_swapped_out and stats.num_blocks_swapped_in
+        assert (stats.num_failed, stats.kv_usage) == (0, 0.0)
+
+
+def _always_swap(engine: NativeEngine) -> None:
+    """Takes the choice from the clock."""
+    assert engine._offload is not None
+    for name in ("is_swap_faster", "is_load_faster"):
+        setattr(engine._offload.speeds, name, lambda *_: True)
+
+
+def _note(engine: NativeEngine, tokens: dict[str, list[int]]) -> None:
+    for output in engine.step():
+        assert output.error is None and output.token_id is not None
+        tokens.setdefault(output.request_id, []).append(output.token_id)
+
+
+def _drain(engine: NativeEngine, tokens: dict[str, list[int]]) -> None:
+    while engine.has_unfinished():
+        _note(engine, tokens)
+
+
 def _random_traffic(engine: NativeEngine, chosen: random.Random) -> int:
     num_added, num_ended, live = 0, 0, set()
     while num_added < NUM_RANDOM_REQUESTS or engine.has_unfinished():

@@ -39,7 +39,8 @@ class EngineConfig:
     them as compiled code where the machine has a C compiler, and False is torch alone.
     `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
     `kv_swap` names memories for KV blocks that the device has no room for, fastest first: ("host:32GiB",
-    "file:/mnt/nvme/kv:256GiB"); a file's folder must exist and the file must not.
+    "file:/mnt/nvme/kv:256GiB"); a file's folder must exist and the file must not. Sizes are of all ranks
+    together.
     `tensor_parallel_size` ranks, each its own process, share every layer; with `placement`
     "attention_feed_forward" there are two instead, one with the attention and one with the feed-forward
     blocks. Device "cuda" gives each rank its own GPU; a numbered one is shared by all ranks, for trying out.
@@ -147,8 +148,6 @@ class EngineConfig:
             check_float(ConfigError, "itl_target_ms", self.itl_target_ms, 0.0, 1e6, open_low=True)
         check_int(ConfigError, "max_num_waiting", self.max_num_waiting, 0, 1 << 20)
         check_int(ConfigError, "tensor_parallel_size", self.tensor_parallel_size, 1, MAX_RANKS)
-        if self.kv_swap and self.num_ranks > 1:
-            raise ConfigError("kv_swap", "is available on one rank only")
         check_int(ConfigError, "seed", self.seed, 0, 2**63 - 1)
         if self.max_num_batched_tokens is not None:
             check_int(ConfigError, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)

@@ -27,8 +27,11 @@ from longshore_server.native.images import ImageGeometry
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
 from longshore_server.native.model.vision import ImageFeatures
-from longshore_server.native.offload.kv_offload import KVOffload, open_offload
+from longshore_server.native.offload.kv_offload import KVOffload
+from longshore_server.native.offload.shard_store import ShardStore
 from longshore_server.native.offload.spec import parse_kv_swap
+from longshore_server.native.offload.tiers import open_tiers
+from longshore_server.native.offload.units import unit_bytes
 from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.runner import ModelRunner, Runner
 
@@ -50,7 +53,8 @@ class BuiltModel:
     eos_token_ids: frozenset[int]
     batch_invariant: bool
     page_bounds: PageBounds | None = None
-    offload: KVOffload | None = None
+    offload: KVOffload | None = None  # of the first rank, with `kv_swap`
+    shard_store: ShardStore | None = None  # of the other ranks
     images: ImageGeometry | None = None  # None where the model does not see
 
 
@@ -102,10 +106,12 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
             fp8_cache=kv_dtype == torch.float8_e4m3fn,
         )
         runner = ModelRunner(loaded.model, cache, device, attention, features)
+    offload, shard_store = _open_swap(config, cache, bounds, links)
     return BuiltModel(
         runner=runner,
         page_bounds=bounds,
-        offload=open_offload(cache, parse_kv_swap(config.kv_swap), bounds),
+        offload=offload,
+        shard_store=shard_store,
         num_kv_blocks=num_blocks,
         max_model_len=max_model_len,
         vocab_size=loaded.vocab_size,
@@ -122,6 +128,21 @@ def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[Layer
         raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
     except Exception as error:
         raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+
+
+def _open_swap(
+    config: EngineConfig, cache: PagedKVCache, bounds: PageBounds | None, links: RankLinks | None
+) -> tuple[KVOffload | None, ShardStore | None]:
+    """The first rank's books and store, or another rank's store; neither without `kv_swap`."""
+    tiers = parse_kv_swap(config.kv_swap)
+    if not tiers:
+        return None, None
+    shared = links if config.placement == "tensor_parallel" else None  # else one rank has all of the KV
+    is_cuda = cache.device.type == "cuda"
+    memories = open_tiers(tiers, unit_bytes(cache), pinned=is_cuda, links=shared)
+    if links is None or links.rank == 0:
+        return KVOffload(cache, memories, bounds), None
+    return None, ShardStore(cache, memories, bounds)
 
 
 def _kv_scales(

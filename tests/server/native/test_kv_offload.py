@@ -53,11 +53,6 @@ def test_a_wrong_tier_is_named_in_one_line(entries) -> None:
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 250
 
 
-def test_several_ranks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="kv_swap: is available on one rank only"):
-        EngineConfig(model="m", kv_swap=("host:1MiB",), tensor_parallel_size=2)
-
-
 def test_tiers_are_read() -> None:
     assert parse_kv_swap(["host:32GiB", "file:/mnt/a:b/kv:256MiB"]) == (
         TierSpec(None, 32 << 30),
@@ -369,7 +364,7 @@ def test_faults_cost_work_and_never_an_answer(fault, make_engine, greedy, tmp_pa
 
         return call
 
-    module = "longshore_server.native.offload.kv_offload"
+    module = "longshore_server.native.offload.copies"
     if fault == "read":
         error = OSError(errno.EIO, "Input/output error")
         monkeypatch.setattr(file_memory.os, "pread", fail(os.pread, error))

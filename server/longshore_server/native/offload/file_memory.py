@@ -30,17 +30,19 @@ class FileMemory:
     """Units at fixed offsets of one preallocated file, each with a checksum kept in memory.
 
     Raises ConfigError when the file cannot be made. If the disk has no room for it, the tier starts with no
-    places and a warning.
+    places and a warning. Of several ranks each has a file of its own beside the first one's.
     """
 
-    def __init__(self, path: str, num_bytes: int, unit_bytes: int) -> None:
+    reads_can_fail = True
+
+    def __init__(self, path: str, num_bytes: int, unit_bytes: int, *, rank: int = 0) -> None:
         self._unit_bytes = unit_bytes
         self.num_places = num_bytes // unit_bytes
         if self.num_places == 0:
             raise ConfigError(
                 FIELD, f"{path}: {num_bytes} bytes are less than one block of {unit_bytes} bytes"
             )
-        self._shared = _Shared(path, _open_nameless(path))
+        self._shared = _Shared(path, _open_nameless(path, rank))
         self._close = weakref.finalize(self, _Shared.close, self._shared)
         max_queued = max(1, min(MAX_WRITES_QUEUED, MAX_QUEUED_BYTES // unit_bytes))
         self._shared.jobs = queue.Queue(max_queued)
@@ -152,10 +154,13 @@ class _Shared:
         os.close(self.descriptor)
 
 
-def _open_nameless(path: str) -> int:
+def _open_nameless(path: str, rank: int) -> int:
     """A new file at `path`, open and already without a name; a folder at `path` gets it inside."""
     place = Path(path)
-    place = place / f"longshore-kv-{os.getpid()}-{threading.get_ident()}" if place.is_dir() else place
+    if place.is_dir():
+        place = place / f"longshore-kv-{os.getpid()}-{threading.get_ident()}"
+    elif rank:
+        place = place.with_name(f"{place.name}.rank{rank}")
     try:
         descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         place.unlink()

@@ -1,7 +1,8 @@
 """KV blocks that leave the device and come back: the scheduler's plans, carried out before each step.
 
 The scheduler names blocks and keys while it plans; `execute` then copies, out first, in second. It decides
-nothing about requests: content that is not here, or no longer, is computed again by whoever misses it.
+nothing about requests: content that is not here, or no longer, is computed again by whoever misses it. With
+several ranks these are the only books; the others are told places and do the same with their shards.
 """
 
 from __future__ import annotations
@@ -12,25 +13,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import takewhile
 
 import torch
 
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.page_bounds import PageBounds
-from longshore_server.native.offload.file_memory import FileMemory
-from longshore_server.native.offload.memory import HostMemory, Memory
-from longshore_server.native.offload.spec import TierSpec
+from longshore_server.native.offload.copies import BlockCopies
+from longshore_server.native.offload.memory import Memory
+from longshore_server.native.offload.moves import Fetched, Fill, Followers, Move, Place
 from longshore_server.native.offload.speeds import Rate, Speeds
 from longshore_server.native.offload.store import TieredStore
-from longshore_server.native.offload.units import read_units, unit_bytes, write_units
 
 logger = logging.getLogger(__name__)
 
 MAX_TIMINGS = 64
-MAX_STAGING_BYTES = 256 << 20
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(slots=True)
@@ -44,14 +41,26 @@ class OffloadCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class _Unit:
+    """A unit that was read and will stay where it is until the block is filled."""
+
+    place: Place
+    content: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Load:
     key: bytes
-    unit: torch.Tensor
+    unit: _Unit
     only_once: bool
 
 
 class KVOffload:
-    """Saves and loads for one cache. A key stands for a block's content: equal keys mean equal bytes."""
+    """Saves and loads for one cache. A key stands for a block's content: equal keys mean equal bytes.
+
+    `followers` are the stores of other ranks, where there are any. Their calls raise RanksLostError; nothing
+    else that goes wrong is raised.
+    """
 
     def __init__(
         self,
@@ -60,14 +69,16 @@ class KVOffload:
         bounds: PageBounds | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._cache, self._bounds, self._clock = cache, bounds, clock
-        self._stream = torch.cuda.Stream(cache.device) if cache.device.type == "cuda" else None
-        self.store = TieredStore(memories, before_move=self._wait_for_copies)
+        self._copies, self._clock = BlockCopies(cache, bounds), clock
+        self._moves: list[Move] = []  # since the followers were told last
+        self._has_asked = False  # what they have fetched, since then
+        self.followers: Followers | None = None
+        self.store = TieredStore(memories, before_move=self._copies.wait, on_move=self._moves.append)
         self.speeds = Speeds()
         self.counts = OffloadCounts()
         self._saves: dict[int, bytes] = {}
         self._loads: dict[int, _Load] = {}
-        self._fetched: dict[bytes, torch.Tensor] = {}
+        self._fetched: dict[bytes, _Unit] = {}
         self._timings: deque[tuple[Rate, int, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=MAX_TIMINGS)
 
     # --- the scheduler's side: names, no copies ---
@@ -98,14 +109,18 @@ class KVOffload:
         self._cancel_load(block)
 
     def fetch(self, keys: Sequence[bytes]) -> int:
-        """Reads and pins units; how many of `keys`, from the first, can be loaded."""
-        for count, key in enumerate(keys):
-            unit = self.store.get(key) if key in self.store else None
-            if unit is None:
-                return count
+        """Reads and pins units; how many of `keys`, from the first, can be loaded on every rank."""
+        here = list(takewhile(self.has, keys))
+        places = [self.store.place_of(key) for key in here]
+        answer = self._ask([key for key in here if self.store.may_be_unreadable(key)])
+        contents = list(takewhile(lambda unit: unit is not None, map(self.store.get, here)))
+        unreadable = answer()
+        count = min(len(contents), len(here) if unreadable is None else here.index(unreadable))
+        for key, place, content in zip(here[:count], places, contents, strict=False):
+            assert content is not None
             self.store.pin(key)
-            self._fetched[key] = unit
-        return len(keys)
+            self._fetched[key] = _Unit(place, content)
+        return count
 
     def load(self, key: bytes, block: int, *, only_once: bool = False) -> None:
         """Plans to fill a block with a fetched unit; a later plan for the block takes this one's place."""
@@ -128,14 +143,15 @@ class KVOffload:
         self._note_timings()
         saves, self._saves = self._saves, {}
         loads, self._loads = self._loads, {}
-        for piece in self._pieces(list(saves.items())):
+        for piece in self._copies.pieces(list(saves.items())):
             self._try(lambda piece=piece: self._copy_out(dict(piece)))  # type: ignore[misc]
         lost = [
             block
-            for piece in self._pieces(list(loads.items()))
+            for piece in self._copies.pieces(list(loads.items()))
             if not self._try(lambda piece=piece: self._copy_in(dict(piece)))  # type: ignore[misc]
             for block, _ in piece
         ]
+        self._tell({block: load for block, load in loads.items() if block not in lost})
         for load in loads.values():
             self.store.unpin(load.key)
             if load.only_once:
@@ -147,7 +163,7 @@ class KVOffload:
         self.speeds.compute_token.note(num_tokens, seconds)
 
     def close(self) -> None:
-        self._wait_for_copies()
+        self._copies.wait()
         self.store.close()
 
     def check_integrity(self) -> None:
@@ -167,13 +183,29 @@ class KVOffload:
             "num_blocks_in_swap": len(self.store),
         }
 
-    def _pieces(self, planned: list[_Item]) -> Iterator[list[_Item]]:
-        """What fits the staging memory at a time; each piece's copies end before the next one's begin."""
-        size = max(1, MAX_STAGING_BYTES // unit_bytes(self._cache))
-        for start in range(0, len(planned), size):
-            if start:
-                self._wait_for_copies()
-            yield planned[start : start + size]
+    def _ask(self, keys: Sequence[bytes]) -> Callable[[], bytes | None]:
+        """Lets the other ranks read; the callable gives the first key that one of them could not read."""
+        if self.followers is None or not keys:
+            return lambda: None
+        self._has_asked = True
+        wait = self.followers.fetch([self.store.place_of(key) for key in keys])
+        return lambda: self._take(keys, wait())
+
+    def _take(self, keys: Sequence[bytes], fetched: Fetched) -> bytes | None:
+        for tier in fetched.closed_tiers:
+            self.store.close_tier(tier)
+        if fetched.num_read == len(keys):
+            return None
+        unreadable = keys[fetched.num_read]
+        self.store.give_up(unreadable)
+        return unreadable
+
+    def _tell(self, loads: dict[int, _Load]) -> None:
+        """Lets the other ranks do what was done here."""
+        if self.followers is not None and (self._moves or loads or self._has_asked):
+            self.followers.move(self._moves, [Fill(load.unit.place, block) for block, load in loads.items()])
+        self._has_asked = False
+        self._moves.clear()
 
     def _try(self, copy: Callable[[], None]) -> bool:
         try:
@@ -185,26 +217,14 @@ class KVOffload:
         return True
 
     def _copy_out(self, saves: dict[int, bytes]) -> None:
-        """To a staging copy first, so that the blocks are free while the slow copy runs beside the step."""
-        with self._timed(self.speeds.save_unit, len(saves)):
-            units = read_units(self._cache, list(saves))
-            with self._beside(units):
-                for key, unit in zip(saves.values(), units, strict=True):
-                    if key not in self.store:
-                        self.counts.num_blocks_out += self.store.put(key, unit)
+        with self._timed(self.speeds.save_unit, len(saves)), self._copies.taken_out(list(saves)) as units:
+            for (block, key), unit in zip(saves.items(), units, strict=True):
+                if key not in self.store:
+                    self.counts.num_blocks_out += self.store.put(key, unit, block)
 
     def _copy_in(self, loads: dict[int, _Load]) -> None:
         with self._timed(self.speeds.load_unit, len(loads)):
-            shape = (len(loads), unit_bytes(self._cache))
-            units = torch.empty(shape, dtype=torch.uint8, device=self._cache.device)
-            with self._beside(units):
-                for unit, load in zip(units, loads.values(), strict=True):
-                    unit.copy_(load.unit, non_blocking=True)
-            if self._stream is not None:
-                torch.cuda.current_stream().wait_stream(self._stream)
-            write_units(self._cache, list(loads), units)
-            if self._bounds is not None:
-                self._bounds.update_all(torch.tensor(list(loads), device=self._cache.device))
+            self._copies.bring_in(list(loads), [load.unit.content for load in loads.values()])
         self.counts.num_blocks_in += len(loads)
 
     def _cancel_load(self, block: int) -> None:
@@ -213,52 +233,20 @@ class KVOffload:
             self.store.unpin(load.key)
 
     @contextlib.contextmanager
-    def _beside(self, units: torch.Tensor) -> Iterator[None]:
-        """The side stream, after what the main one has been given so far; nothing special on a CPU."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        units.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
-
-    @contextlib.contextmanager
     def _timed(self, rate: Rate, count: int) -> Iterator[None]:
-        if self._stream is None:
+        if self._copies.stream is None:
             start_s = self._clock()
             yield
             rate.note(count, self._clock() - start_s)
             return
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        start.record(self._stream)
+        self._copies.stream.wait_stream(torch.cuda.current_stream())
+        start.record(self._copies.stream)
         yield
-        end.record(self._stream)
+        end.record(self._copies.stream)
         self._timings.append((rate, count, start, end))
 
     def _note_timings(self) -> None:
         while self._timings and self._timings[0][3].query():
             rate, count, start, end = self._timings.popleft()
             rate.note(count, start.elapsed_time(end) / 1e3)
-
-    def _wait_for_copies(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-
-def open_offload(
-    cache: PagedKVCache, tiers: Sequence[TierSpec], bounds: PageBounds | None = None
-) -> KVOffload | None:
-    """The memories of `tiers` behind one KVOffload, or None without tiers; raises ConfigError."""
-    if not tiers:
-        return None
-    size = unit_bytes(cache)
-    is_cuda = cache.device.type == "cuda"
-    memories: list[Memory] = []
-    for tier in tiers:
-        if tier.path is None:
-            memories.append(HostMemory(tier.num_bytes, size, pinned=is_cuda))
-        else:
-            memories.append(FileMemory(tier.path, tier.num_bytes, size))
-    return KVOffload(cache, memories, bounds)

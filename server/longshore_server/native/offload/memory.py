@@ -26,6 +26,7 @@ class Memory(Protocol):
     """`write` and `read` raise TierFault; a unit is a uint8 tensor [unit_bytes] on the CPU or the device."""
 
     num_places: int
+    reads_can_fail: bool  # of what was written
 
     @property
     def is_writable(self) -> bool: ...
@@ -44,9 +45,12 @@ class HostMemory:
     again. Copies to and from it go to the current stream.
     """
 
+    reads_can_fail = False
+
     def __init__(self, num_bytes: int, unit_bytes: int, *, pinned: bool) -> None:
         self.num_places = num_bytes // unit_bytes
-        _check_size(num_bytes, self.num_places, unit_bytes)
+        if self.num_places == 0:
+            raise ConfigError(FIELD, f"{num_bytes} bytes are less than one block of {unit_bytes} bytes")
         try:
             self._units = torch.empty(self.num_places, unit_bytes, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
@@ -66,9 +70,8 @@ class HostMemory:
         """Nothing: the memory goes with the object."""
 
 
-def _check_size(num_bytes: int, num_places: int, unit_bytes: int) -> None:
-    if num_places == 0:
-        raise ConfigError(FIELD, f"{num_bytes} bytes are less than one block of {unit_bytes} bytes")
+def check_host_has(num_bytes: int) -> None:
+    """Raises ConfigError when the machine has less memory than that."""
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if num_bytes > total_bytes:
         raise ConfigError(FIELD, f"host: {num_bytes} bytes exceed this machine's {total_bytes}")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ import torch
 
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import RankProtocolError, RanksLostError
+from longshore_server.native.offload.moves import Fetched, Fill, Move, Place
 from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.ranks.messages import (
     Kind,
@@ -36,6 +37,7 @@ from longshore_server.native.ranks.messages import (
     step_payload,
 )
 from longshore_server.native.ranks.mirror import StepTeller
+from longshore_server.native.ranks.moves import fetch_payload, move_payload, read_fetched
 from longshore_server.native.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ BEAT_INTERVAL_S = 0.1
 MAX_SILENT_LOOKS = 5
 START_TIMEOUT_S = 1800.0
 PONG_TIMEOUT_S = 5.0
+FETCH_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 2.0
 RECEIVE_BYTES = 1 << 16
 
@@ -114,6 +117,8 @@ class RankGroup:
         self._ready = 0
         self._pongs: dict[int, tuple[int, int]] = {}
         self._ping_serial = 0
+        self._fetched: dict[int, tuple[int, Fetched]] = {}
+        self._fetch_serial = 0
         self._news = threading.Condition()
         self._sockets: list[socket.socket] = []
         self._handles: list[RankHandle] = []
@@ -174,6 +179,27 @@ class RankGroup:
         """Lets every rank launch a step on its GPU; see `mirror`."""
         self._tell(Kind.MIRROR, payload)
 
+    # --- blocks that leave the device and come back, see Followers ---
+
+    def move(self, moves: Sequence[Move], fills: Sequence[Fill]) -> None:
+        self._tell(Kind.MOVE, move_payload(moves, fills))
+
+    def fetch(self, places: Sequence[Place]) -> Callable[[], Fetched]:
+        """Raises RanksLostError, now or when the answers are waited for."""
+        self._fetch_serial += 1
+        self._tell(Kind.FETCH, fetch_payload(self._fetch_serial, places))
+        return self._wait_fetched
+
+    def _wait_fetched(self) -> Fetched:
+        if not self._wait_answers(self._fetched, self._fetch_serial, FETCH_TIMEOUT_S):
+            self._lose(f"a rank did not say within {FETCH_TIMEOUT_S:.0f} s what it could read")
+        self.raise_if_lost()
+        answers = [fetched for _, fetched in self._fetched.values()]
+        closed = frozenset[int]().union(*(answer.closed_tiers for answer in answers))
+        return Fetched(min(answer.num_read for answer in answers), closed)
+
+    # --- whether all go on ---
+
     def check_in_step(self) -> None:
         """Raises RanksLostError unless every rank is idle after as many exchanges as this one.
 
@@ -184,13 +210,8 @@ class RankGroup:
         self._ping_serial += 1
         wanted = (self._ping_serial, self._links.num_collectives % 2**32)
         self._tell(Kind.PING, self._ping_serial.to_bytes(4, "little"))
-        with self._news:
-            self._news.wait_for(
-                lambda: self.lost is not None or self._num_pongs(wanted[0]) == self.num_ranks - 1,
-                PONG_TIMEOUT_S,
-            )
-            in_step = all(self._pongs.get(rank) == wanted for rank in range(1, self.num_ranks))
-        if not in_step:
+        self._wait_answers(self._pongs, wanted[0], PONG_TIMEOUT_S)
+        if any(self._pongs.get(rank) != wanted for rank in range(1, self.num_ranks)):
             self._lose("the ranks are out of step after a failed pass")
         self.raise_if_lost()
 
@@ -198,8 +219,15 @@ class RankGroup:
         if self.lost is not None:
             raise RanksLostError(self.lost)
 
-    def _num_pongs(self, serial: int) -> int:
-        return sum(pong[0] == serial for pong in self._pongs.values())
+    def _wait_answers(self, answers: Mapping[int, tuple[int, object]], serial: int, timeout_s: float) -> bool:
+        """Waits until every rank has answered; False if one has not in time, or was lost."""
+
+        def has_all() -> bool:
+            return sum(answer[0] == serial for answer in answers.values()) == self.num_ranks - 1
+
+        with self._news:
+            self._news.wait_for(lambda: self.lost is not None or has_all(), timeout_s)
+            return has_all()
 
     def _tell(self, kind: Kind, payload: bytes) -> None:
         self.raise_if_lost()
@@ -301,6 +329,8 @@ class RankGroup:
                 self._ready += 1
             elif kind is Kind.PONG:
                 self._pongs[rank] = read_pong(payload)
+            elif kind is Kind.FETCHED:
+                self._fetched[rank] = read_fetched(payload)
             self._news.notify_all()
         if kind is Kind.FAILED:
             self._lose(f"rank {rank}: {payload.decode(errors='replace')}")

@@ -1,6 +1,6 @@
 """The closed table of messages between the first rank and the others, and their framing. Free of I/O.
 
-A kind and a length, then 32-bit integers (steps), or UTF-8 text (the start, errors): never pickle.
+A kind and a length, then integers (steps, moves), or UTF-8 text (the start, errors): never pickle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INT = array("i").typecode
 
 
 class Kind(IntEnum):
-    """What a message says. Down: SETUP, STEP, CLEAR, PING, MIRROR. Up: READY, FAILED, BEAT, PONG."""
+    """What a message says. Down: SETUP, STEP, CLEAR, PING, MIRROR, MOVE, FETCH. Up: the others."""
 
     SETUP = 1
     STEP = 2
@@ -33,6 +33,9 @@ class Kind(IntEnum):
     BEAT = 7
     PONG = 8
     MIRROR = 9  # a step on GPUs, see `mirror`
+    MOVE = 10  # KV blocks out and in, see `moves`
+    FETCH = 11
+    FETCHED = 12
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from longshore_server.native.ranks.messages import (
     read_blocks,
     read_step,
 )
+from longshore_server.native.ranks.moves import fetched_payload, read_fetch, read_move
 
 BEAT_INTERVAL_S = 0.1
 RECEIVE_BYTES = 1 << 20
@@ -84,6 +85,11 @@ class RankServer:
             share.mirror_step(payload)
         elif kind is Kind.CLEAR:
             share.clear_blocks(read_blocks(payload))
+        elif kind is Kind.MOVE:
+            share.store.move(*read_move(payload))
+        elif kind is Kind.FETCH:
+            number, places = read_fetch(payload)
+            self._tell(Kind.FETCHED, fetched_payload(number, share.store.fetch(places)))
         elif kind is Kind.PING:
             serial = int.from_bytes(payload, "little")
             self._tell(Kind.PONG, pong_payload(serial, share.links.num_collectives))

@@ -1,4 +1,4 @@
-"""What a rank that does not schedule runs: its share of the model behind two calls. It samples nothing."""
+"""What a rank that does not schedule runs: its share of the model behind a few calls. It samples nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from longshore_server.native.errors import RankProtocolError
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import load_model
 from longshore_server.native.model.placement import FeedForwardRunner, rank_device
+from longshore_server.native.offload.shard_store import ShardStore
 from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.ranks.mirror import StepReader
 from longshore_server.native.runner import ModelRunner, Runner
@@ -31,30 +32,43 @@ class Share(Protocol):
     def mirror_step(self, payload: bytes) -> None: ...
     def clear_blocks(self, blocks: Sequence[int]) -> None: ...
 
+    @property
+    def store(self) -> ShardStore: ...  # raises RankProtocolError where no blocks are moved
 
-class TensorShare:
-    """A slice of every layer, with the KV cache of its heads."""
 
-    def __init__(self, runner: ModelRunner, links: RankLinks) -> None:
+class _CachingShare:
+    """A slice of every layer, with the KV cache of its heads and what of it is kept elsewhere."""
+
+    def __init__(self, runner: Runner, links: RankLinks, store: ShardStore | None) -> None:
         self.links = links
         self._runner = runner
-
-    def run_step(self, chunks: Sequence[Chunk]) -> None:
-        self._runner.run_without_sampling(chunks)
-
-    def mirror_step(self, payload: bytes) -> None:
-        raise RankProtocolError("a step for GPUs, on a rank that runs steps one by one")
+        self._store = store
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         self._runner.clear_blocks(blocks)
 
+    @property
+    def store(self) -> ShardStore:
+        if self._store is None:
+            raise RankProtocolError("blocks to move, and no memory to move them to")
+        return self._store
 
-class MirroringShare:
-    """A slice of every layer on a GPU of its own: it launches what the first rank launches, never waiting."""
 
-    def __init__(self, runner: Runner, links: RankLinks) -> None:
-        self.links = links
-        self._runner = runner
+class TensorShare(_CachingShare):
+    """A share that runs each step to its end."""
+
+    def run_step(self, chunks: Sequence[Chunk]) -> None:
+        cast(ModelRunner, self._runner).run_without_sampling(chunks)
+
+    def mirror_step(self, payload: bytes) -> None:
+        raise RankProtocolError("a step for GPUs, on a rank that runs steps one by one")
+
+
+class MirroringShare(_CachingShare):
+    """A share on a GPU of its own: it launches what the first rank launches, never waiting."""
+
+    def __init__(self, runner: Runner, links: RankLinks, store: ShardStore | None) -> None:
+        super().__init__(runner, links, store)
         self._reader = StepReader()
 
     def run_step(self, chunks: Sequence[Chunk]) -> None:
@@ -62,9 +76,6 @@ class MirroringShare:
 
     def mirror_step(self, payload: bytes) -> None:
         self._runner.launch(self._reader.read(payload))
-
-    def clear_blocks(self, blocks: Sequence[int]) -> None:
-        self._runner.clear_blocks(blocks)
 
 
 class FeedForwardShare:
@@ -83,6 +94,10 @@ class FeedForwardShare:
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         pass
 
+    @property
+    def store(self) -> ShardStore:
+        raise RankProtocolError("blocks to move, on a rank without KV")
+
 
 def make_share(settings: dict[str, Any], rank: int, store_path: Path, num_threads: int) -> Share:
     """Builds this rank's share from the first rank's settings; raises what a start may raise."""
@@ -95,10 +110,9 @@ def make_share(settings: dict[str, Any], rank: int, store_path: Path, num_thread
     config = EngineConfig(**(values | {"device": device}))
     links = RankLinks(rank, config.num_ranks, store_path, torch.device(device), nccl=is_nccl)
     if config.placement == "tensor_parallel":
-        runner = build(config, links).runner
-        if runner.overlaps:
-            return MirroringShare(runner, links)
-        return TensorShare(cast(ModelRunner, runner), links)
+        built = build(config, links)
+        make = MirroringShare if built.runner.overlaps else TensorShare
+        return make(built.runner, links, built.shard_store)
     return FeedForwardShare(_feed_forward(config, links))
 
 

@@ -33,6 +33,8 @@ def build_on_ranks(
     except BaseException:
         group.close()
         raise
+    if built.offload is not None and config.placement == "tensor_parallel":
+        built.offload.followers = group
     runner = RankedRunner(built.runner, group)
     weakref.finalize(runner, _end, built.runner, group)
     return dataclasses.replace(built, runner=cast(ModelRunner, runner)), group
