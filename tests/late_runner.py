@@ -18,6 +18,12 @@ class LateRunner:
         self.runner = runner
         self.unseen: dict[int, int] = {}
 
+    def settle(self) -> None:
+        self.runner.settle()
+
+    def close(self) -> None:
+        self.runner.close()
+
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         self.runner.clear_blocks(blocks)
 

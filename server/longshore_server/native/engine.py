@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time. It owns the scheduler and the runner.
 
-It owns no thread, no socket and no clock; one thread calls it. A request that fails ends alone.
+It owns no socket and no clock; one thread calls it, and on a GPU its runner has one more, which captures
+steps. A request that fails ends alone.
 """
 
 from __future__ import annotations
@@ -392,6 +393,7 @@ class NativeEngine:
             for request_id in answers:
                 self.abort(request_id)
             self._endings.clear()
+        self.settle()
         return list(answers.values())
 
     def _collect(self, answers: dict[str, list[int]]) -> None:
@@ -419,6 +421,13 @@ class NativeEngine:
             num_held=len(scheduler.held),
             **({} if self._offload is None else self._offload.figures()),
         )
+
+    def settle(self) -> None:
+        """Waits for steps that are being captured beside the ones that ran.
+
+        CUDA refuses to wait for a whole device, as torch.cuda.synchronize() does, while a capture goes on.
+        """
+        self._runner.settle()
 
     def close(self) -> None:
         """Ends what captured steps and other ranks hold; no step may follow. Harmless when repeated.

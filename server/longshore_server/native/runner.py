@@ -28,6 +28,8 @@ class Runner(Protocol):
 
     def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]: ...
 
+    def settle(self) -> None: ...  # waits for work that goes on beside the steps
+
     def close(self) -> None: ...  # after it, no step is launched
 
 
@@ -54,6 +56,9 @@ class ModelRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Zeroes blocks that change owner; call before run()."""
         self.cache.clear_blocks(blocks)
+
+    def settle(self) -> None:
+        """Nothing: no work goes on beside the steps."""
 
     def close(self) -> None:
         """Nothing: each step has ended."""

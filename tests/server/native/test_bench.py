@@ -106,6 +106,9 @@ class SlowEngine:
         self._left[request_id] = params.max_tokens
         self._offsets[request_id] = 0
 
+    def settle(self) -> None:
+        """Nothing goes on beside its steps."""
+
     def has_unfinished(self) -> bool:
         return bool(self._left)
 

@@ -109,7 +109,9 @@ class Bench:
             self._run(requests)
 
     def _run(self, requests: list[BenchRequest]) -> Run:
-        return drive(self._engine, requests, clock=self._clock, sleep=self._sleep)
+        run = drive(self._engine, requests, clock=self._clock, sleep=self._sleep)
+        self._engine.settle()  # what it began to capture is there for the next run, and not beside it
+        return run
 
     # --- offline rows ---
 
@@ -143,16 +145,22 @@ class Bench:
             figures = {"tokens_per_s": run.num_tokens / run.wall_s} | _latencies(run.times)
         else:
             figures = {"ttft_ms": 1e3 * good[0].ttft_s}
-        return figures | self._share_of_gemm(good, run.wall_s)
+        return figures | self._shares(good, run)
 
-    def _share_of_gemm(self, good: list[RequestTimes], wall_s: float) -> dict[str, float]:
+    def _shares(self, good: list[RequestTimes], run: Run) -> dict[str, float]:
+        """Of both limits, over the whole time: each step reads the weights, each decode its context."""
         if self._cost is None or self._ceilings is None:
             return {}
         num_prompt = sum(len(times.request.prompt_token_ids) - times.num_cached_tokens for times in good)
         num_sampled = sum(len(times.token_s) for times in good)
-        num_context = sum(_prompt_pairs(times) + _context_tokens(times, times.token_s[0]) for times in good)
+        num_decoded = sum(_context_tokens(times, times.token_s[0]) for times in good)
+        num_context = num_decoded + sum(_prompt_pairs(times) for times in good)
         flops = self._cost.flops(num_prompt + num_sampled - len(good), num_sampled, num_context)
-        return {"share_of_gemm": flops / wall_s / self._ceilings.gemm_flops_per_s}
+        num_bytes = self._cost.decode_bytes(len(run.step_s), num_decoded)
+        return {
+            "share_of_copy": num_bytes / run.wall_s / self._ceilings.copy_bytes_per_s,
+            "share_of_gemm": flops / run.wall_s / self._ceilings.gemm_flops_per_s,
+        }
 
     # --- Poisson ---
 
@@ -171,6 +179,7 @@ class Bench:
         figures = {"offered_per_s": rate_per_s, "requests": len(run.times)}
         if good:
             figures |= {"tokens_per_s": run.num_tokens / run.wall_s} | _latencies(run.times)
+            figures |= self._shares(good, run)
         return Result(name_of(replace(row, rate_per_s=rate_per_s)), figures, [figures], run.failures)
 
     def _is_within(self, result: Result) -> bool:

@@ -32,6 +32,9 @@ class CpuRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing to clear: what stands behind a row's context is not read."""
 
+    def settle(self) -> None:
+        """Nothing: no work goes on beside the steps."""
+
     def close(self) -> None:
         """Nothing: each step has ended."""
 

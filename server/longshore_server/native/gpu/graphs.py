@@ -35,7 +35,8 @@ class CaptureThread:
     """Captures one step after the other, on `stream`. The thread is started when first needed."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self.stream = torch.cuda.Stream(device)
         self._executor = ThreadPoolExecutor(1, "capture", initializer=self._prepare)
 
@@ -117,8 +118,7 @@ class StepGraphs(Generic[Shape]):
         outputs = self._forward(host_inputs.to(self._device, non_blocking=True), shape)
         self._warm.add(shape)
         if self._is_on and self._thread is not None and self._underway is None:
-            capture = self._thread.submit(lambda: self._capture(host_inputs, shape))
-            self._underway = shape, capture
+            self._underway = shape, self._thread.submit(lambda: self._capture(host_inputs, shape))
         return outputs
 
     def _adopt(self) -> None:

@@ -99,19 +99,20 @@ class GpuRunner:
         self._graphs.switch_off()
         self._mixed_graphs.switch_off()
 
+    def settle(self) -> None:
+        """Waits for captures under way."""
+        self._graphs.settle()
+        self._mixed_graphs.settle()
+
     def close(self) -> None:
-        """Waits for what is launched, and destroys the captured steps."""
+        """Waits for what is launched or captured, and destroys the captured steps."""
+        self.settle()
         if self._is_cuda:
             torch.cuda.synchronize(self.device)
         self._graphs.close()
         self._mixed_graphs.close()
         if self._capture_thread is not None:
             self._capture_thread.close()
-
-    def settle(self) -> None:
-        """Waits for captures under way, so that what is measured next does not run beside them."""
-        self._graphs.settle()
-        self._mixed_graphs.settle()
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
