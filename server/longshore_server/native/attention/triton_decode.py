@@ -16,11 +16,11 @@ from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wai
 
 LOG2_E = 1.4426950408889634
 MIN_DOT_ROWS = 16  # a tensor-core tile's least height
-NUM_MULTIPROCESSORS = 132
-# Enough programs to fill the GPU a few times over.
-NUM_PROGRAMS_WANTED = 4 * NUM_MULTIPROCESSORS
+# Enough programs to fill a GPU of this many multiprocessors a few times over.
+NUM_PROGRAMS_WANTED = 4 * 132
 MAX_SPLITS = 64
-MAX_PARTS_AT_ONCE = 4  # splits that are added up in one go
+# Once the batch alone fills the GPU, a split is worth its adding up from so many tiles of tokens on.
+MIN_TILES_IN_BATCH = 4
 
 
 @triton.jit
@@ -56,12 +56,12 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
-    PARTS_AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    wait_for_previous(PDL)
     context = tl.load(context_lens + row).to(tl.int32)
     table = tables + tl.load(table_rows + row).to(tl.int64) * table_stride
     first = 0
@@ -74,8 +74,6 @@ def _decode_kernel(
     num_busy = tl.cdiv(num_tiles, tiles_per_split)
     if split >= tl.maximum(num_busy, 1):  # an empty context still gets its zeros
         return
-    # Lengths and tables stand since the step began: only what earlier kernels of the step give is waited for.
-    wait_for_previous(PDL)
     low = first_tile + split * tiles_per_split
     high = tl.minimum(low + tiles_per_split, end_tile)
 
@@ -134,22 +132,17 @@ def _decode_kernel(
             best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_GROUP], tl.float32)
             summed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
-            for start in range(0, num_busy, PARTS_AT_ONCE):
-                parts = start + tl.arange(0, PARTS_AT_ONCE)
-                part_mask = (parts < num_busy)[:, None] & (groups[None, :] < GROUP)
+            for other in range(num_busy):
                 # .cg: what other multiprocessors wrote is in the L2 cache
-                lse_places = partial_lse + part[None, :] + parts[:, None]
-                lses = tl.load(lse_places, mask=part_mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-                lses = tl.where((parts < num_busy)[:, None], lses, float("-inf"))
-                value_places = part_places[None, :, :] + parts[:, None, None] * VALUE_DIM
-                value_mask = part_mask[:, :, None] & (value_dims[None, None, :] < VALUE_DIM)
-                values = tl.load(value_places, mask=value_mask, other=0.0, cache_modifier=".cg")
-                new_best = tl.maximum(best, tl.max(lses, 0))
+                lse_place = partial_lse + part + other
+                part_lse = tl.load(lse_place, mask=groups < GROUP, other=0.0, cache_modifier=".cg")
+                part_place = part_places + other * VALUE_DIM
+                values = tl.load(part_place, mask=out_mask, other=0.0, cache_modifier=".cg")
+                new_best = tl.maximum(best, part_lse.to(tl.float32))
                 shrink = tl.exp2(best - new_best)
-                weights = tl.exp2(lses - new_best[None, :])
-                total = total * shrink + tl.sum(weights, 0)
-                weighted = values.to(tl.float32) * weights[:, :, None]
-                summed = summed * shrink[:, None] + tl.sum(weighted, 0)
+                weight = tl.exp2(part_lse.to(tl.float32) - new_best)
+                total = total * shrink + weight
+                summed = summed * shrink[:, None] + values.to(tl.float32) * weight[:, None]
                 best = new_best
             tl.store(places, (summed / total[:, None]).to(output.dtype.element_ty), mask=out_mask)
 
@@ -158,19 +151,6 @@ def split_count(num_rows: int, num_kv_heads: int) -> int:
     """Into how many parts, a power of two, a context is cut: fewer as the batch fills the GPU by itself."""
     wanted = -(-NUM_PROGRAMS_WANTED // (num_rows * num_kv_heads))
     return min(MAX_SPLITS, triton.next_power_of_2(wanted))
-
-
-def _tiles(num_rows: int, num_kv_heads: int, *, is_wide: bool) -> tuple[int, int]:
-    """Tokens of a tile, and from how many tiles on a split is worth its adding up.
-
-    Where a multiprocessor has one or two programs, only a larger tile keeps enough reads under way.
-    """
-    num_programs = num_rows * num_kv_heads
-    if num_programs < NUM_MULTIPROCESSORS:
-        return (32 if is_wide else 128), 1
-    if num_programs <= 2 * NUM_MULTIPROCESSORS and not is_wide:
-        return 128, 2
-    return (32 if is_wide else 64), 4
 
 
 def decode_attention(
@@ -200,7 +180,6 @@ def decode_attention(
         arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=query.device)
     pdl = has_dependent_launch(query.device)
     is_wide = max(key_dim, value_dim) > 128 or query.dtype == torch.float32
-    block_tokens, min_tiles = _tiles(num_rows, num_kv_heads, is_wide=is_wide)
     group = num_heads // num_kv_heads
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
         rows,
@@ -228,13 +207,12 @@ def decode_attention(
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         VALUE_DIM=value_dim,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        BLOCK_TOKENS=block_tokens,
+        BLOCK_TOKENS=32 if is_wide else 64,
         NUM_SPLITS=num_splits,
         HAS_WINDOW=window is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        MIN_TILES=min_tiles,
-        PARTS_AT_ONCE=min(MAX_PARTS_AT_ONCE, num_splits),
+        MIN_TILES=MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=4,
