@@ -88,7 +88,14 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
     elif device.type == "cuda" and config.placement == "tensor_parallel" and sparsity is None:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
-        runner = GpuRunner(loaded.model, cache, config.max_num_seqs, max_model_len, features)
+        runner = GpuRunner(
+            loaded.model,
+            cache,
+            config.max_num_seqs,
+            max_model_len,
+            features,
+            batch_invariant=batch_invariant,
+        )
         if links is not None and not links.is_nccl:
             runner.stay_eager()
     else:
@@ -152,10 +159,11 @@ def _compile(
 def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: list[LayerGeometry]) -> bool:
     """On a CPU in float32, packs the linear layers; says whether the batch-invariant passes are to be used.
 
+    On a GPU the model has been built for it already.
     Raises ConfigError when the mode was asked for and cannot be had.
     """
     if not config.may_be_batch_invariant:
-        return False
+        return config.has_invariant_kernels
     is_packed = (
         cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0 and not _has_other_products(model)
     )

@@ -19,8 +19,8 @@ from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.attention.triton_context import (
     MIN_FLASH_ROWS,
     StepTables,
-    TritonContext,
     cache_tile_rows,
+    context_type,
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
@@ -60,7 +60,10 @@ Results = list[SampledToken | None]
 
 
 class GpuRunner:
-    """Runs a model over a paged KV cache with Triton attention; launch() returns before the GPU is done."""
+    """Runs a model over a paged KV cache with Triton attention; launch() returns before the GPU is done.
+
+    With `batch_invariant`, whose products the model must have, a row's numbers are the same in every step.
+    """
 
     overlaps = True
 
@@ -71,6 +74,8 @@ class GpuRunner:
         max_num_seqs: int,
         max_model_len: int,
         features: ImageFeatures | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -79,8 +84,10 @@ class GpuRunner:
         self._is_cuda = cache.device.type == "cuda"
         self.drawn: dict[Sequence, int] = {}  # the last tokens of those that the host drew for
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
-        self._may_flash = may_flash(cache, model.dtype)
-        self._tile_rows = cache_tile_rows(cache, model.dtype)
+        self._batch_invariant = batch_invariant
+        self._make_context = context_type(batch_invariant)
+        self._may_flash = may_flash(cache, model.dtype) and not batch_invariant
+        self._tile_rows = cache_tile_rows(cache, model.dtype, self._make_context.most_tile_rows)
         self._graphs = StepGraphs(self._decode_forward, cache.device)
         self._mixed_graphs = StepGraphs(self._padded_forward, cache.device)
         # a fused decoder keeps the sampled rows itself, from its last layer's attention on
@@ -307,7 +314,7 @@ class GpuRunner:
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            **{CONTEXT_KEYWORD: TritonContext(self.cache, tables)},
+            **{CONTEXT_KEYWORD: self._make_context(self.cache, tables)},
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
@@ -323,9 +330,9 @@ class GpuRunner:
         """
         special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_simple]
         self._draw_filtered(logits, sampled, pairs, rows)
-        redrawn = []
-        if special:
-            redrawn = sample(logits[[rows[row] for row in special]], [pairs[row][0] for row in special])
+        redrawn = self._sample_by_host(
+            logits, [rows[row] for row in special], [pairs[row][0] for row in special]
+        )
         if redrawn:
             self._note_drawn([pairs[row][0] for row in special], redrawn)
             last = torch.tensor([token.token_id for token in redrawn], device=self.device)
@@ -347,6 +354,15 @@ class GpuRunner:
             return tokens
 
         return read
+
+    def _sample_by_host(
+        self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence]
+    ) -> list[SampledToken]:
+        """One by one in batch-invariant mode, since torch's sums over a row depend on the number of rows."""
+        if self._batch_invariant:
+            pairs = zip(rows, sequences, strict=True)
+            return [sample(logits[[row]], [sequence])[0] for row, sequence in pairs]
+        return sample(logits[rows], sequences) if rows else []
 
     def _draw_filtered(
         self, logits: torch.Tensor, sampled: torch.Tensor, pairs: list[tuple[Sequence, int]], rows: list[int]
