@@ -32,7 +32,8 @@ class EngineConfig:
     decodes takes in only so much of other prompts as is predicted to fit. `max_model_len` of None takes the
     model's own limit.
     In batch-invariant mode an answer does not depend, to the last bit, on its neighbours in the batch, on
-    chunking or on a resume; None takes it where it costs little, which is on a CPU in float32.
+    chunking or on a resume; None takes it where it costs little, which is on a CPU in float32. One GPU has it
+    too, for fused layers in 16 bits or FP8, but only if it is asked for.
     `quantization` "fp8" keeps the layers' weights in FP8 with a scale per output channel, and computes with
     activations in FP8 with a scale per token; embeddings, norms and head stay in `dtype`. `fuse_layers` None
     fuses the layers of known architectures on a GPU, and everywhere with FP8; on a CPU in float32 it runs
@@ -100,8 +101,9 @@ class EngineConfig:
         parse_kv_swap(self.kv_swap)
         if parse_sparsity(self.attention_sparsity) is not None and self.batch_invariant:
             raise ConfigError("batch_invariant", "cannot be had with attention_sparsity")
-        if self.batch_invariant and not self.may_be_batch_invariant:
-            raise ConfigError("batch_invariant", "is available on the CPU in float32 only")
+        if self.batch_invariant and not (self.may_be_batch_invariant or self.has_invariant_kernels):
+            words = "is available on the CPU in float32, and on one GPU with fused layers in 16 bits or FP8"
+            raise ConfigError("batch_invariant", words)
 
     @property
     def fuses_layers(self) -> bool:
@@ -131,6 +133,13 @@ class EngineConfig:
         is_exact = self.device == "cpu" and self.dtype in ("auto", "float32") and not self.fuses_layers
         is_exact = is_exact and self.quantization == "none" and self.kv_cache_dtype == "auto"
         return is_exact and parse_sparsity(self.attention_sparsity) is None
+
+    @property
+    def has_invariant_kernels(self) -> bool:
+        """Whether a GPU is asked to compute each row with kernels that are the same in every batch."""
+        is_16_bits = self.dtype in ("auto", "bfloat16", "float16")
+        is_one_gpu = self.device.startswith("cuda") and self.num_ranks == 1
+        return bool(self.batch_invariant) and is_one_gpu and is_16_bits and self.fuses_layers
 
     def _check_quantization(self) -> None:
         if self.fuse_layers and self.placement != "tensor_parallel":

@@ -93,7 +93,13 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
         runner = GpuRunner(
-            loaded.model, cache, config.max_num_seqs, max_model_len, features, on_ranks=links is not None
+            loaded.model,
+            cache,
+            config.max_num_seqs,
+            max_model_len,
+            features,
+            on_ranks=links is not None,
+            batch_invariant=batch_invariant,
         )
         if links is not None and not links.is_nccl:
             runner.stay_eager()
@@ -175,10 +181,11 @@ def _compile(
 def _make_invariant(model: PreTrainedModel, config: EngineConfig, geometries: list[LayerGeometry]) -> bool:
     """On a CPU in float32, packs the linear layers; says whether the batch-invariant passes are to be used.
 
+    On a GPU the model has been built for it already.
     Raises ConfigError when the mode was asked for and cannot be had.
     """
     if not config.may_be_batch_invariant:
-        return False
+        return config.has_invariant_kernels
     is_packed = (
         cpu_linear.is_available() and cpu_linear.pack_linears(model) > 0 and not _has_other_products(model)
     )

@@ -64,7 +64,7 @@ def test_a_wrong_sampling_parameter_is_named(field, value) -> None:
         ("num_kv_blocks", {"num_kv_blocks": 8, "kv_memory_bytes": 8}),
         ("kv_memory_bytes", {"kv_memory_bytes": 0}),
         ("batch_invariant", {"batch_invariant": True, "dtype": "bfloat16"}),
-        ("batch_invariant", {"batch_invariant": True, "device": "cuda"}),
+        ("batch_invariant", {"batch_invariant": True, "device": "cuda", "fuse_layers": False}),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ Its tensors are on the device already; it copies nothing from the host, so a cap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +16,12 @@ from longshore_server.native.attention.interface import FusedContext, SampledRow
 from longshore_server.native.attention.kv_cache import KVTarget, PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span, cut_tiles
 from longshore_server.native.attention.triton_decode import decode_attention
-from longshore_server.native.attention.triton_extend import ExtendSpans, extend_attention, tile_rows
+from longshore_server.native.attention.triton_extend import (
+    MAX_TILE_ROWS,
+    ExtendSpans,
+    extend_attention,
+    tile_rows,
+)
 from longshore_server.native.attention.triton_write import write_kv
 
 # From this many rows on, a prompt with no cached prefix goes to torch's attention kernels, which are faster.
@@ -26,6 +31,8 @@ MIN_FLASH_ROWS = 512
 CUDNN_ROWS_STEP = 512
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MAX_FLASH_DIM = 256
+# Of the one tile that the batch-invariant mode has for chunks and single rows: what 4 warps multiply at once.
+INVARIANT_TILE_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class StepTables:
 
 class TritonContext(FusedContext):
     """An attention context over a PagedKVCache for one step, in Triton kernels."""
+
+    most_tile_rows: ClassVar[int] = MAX_TILE_ROWS  # by which ExtendSpans are cut, see cache_tile_rows
 
     def __init__(self, cache: PagedKVCache, tables: StepTables) -> None:
         self.cache = cache
@@ -109,6 +118,20 @@ class TritonContext(FusedContext):
             query, *pages, table_rows, context_lens, scales, scale, window, output, tables.arrivals
         )
 
+    def _extend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        spans: ExtendSpans,
+        scale: float,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
+        cache = self.cache
+        pages = (cache.keys[layer_index], cache.values[layer_index], self.tables.block_tables)
+        scales = cache.scales[layer_index]
+        extend_attention(query, *pages, spans, scales, scale, window, output, self.most_tile_rows)
+
     def attend_written(
         self,
         layer_index: int,
@@ -129,11 +152,45 @@ class TritonContext(FusedContext):
             self._decode(layer_index, query[:num], rows, lens, scale, window, output[:num])
         spans = tables.spans_beside_fresh if fresh else tables.spans
         if spans is not None:
-            pages = (cache.keys[layer_index], cache.values[layer_index], tables.block_tables)
-            extend_attention(query, *pages, spans, cache.scales[layer_index], scale, window, output)
+            self._extend(layer_index, query, spans, scale, window, output)
         for prompt in fresh:
             output[prompt] = fresh_attention(query[prompt], key[prompt], value[prompt], scale)
         return output
+
+
+class InvariantContext(TritonContext):
+    """The same to the last bit for a row in every step: single rows are spans of one row for the one kernel.
+
+    The step's tables must name no fresh prompts.
+    """
+
+    most_tile_rows: ClassVar[int] = INVARIANT_TILE_ROWS
+
+    def __init__(self, cache: PagedKVCache, tables: StepTables) -> None:
+        super().__init__(cache, tables)
+        assert not tables.fresh
+        num_sampled = 0 if tables.sampled is None else len(tables.sampled.rows)
+        self._places = torch.arange(max(tables.num_decodes, num_sampled), device=cache.device)
+        self._ones, self._zeros = torch.ones_like(self._places), torch.zeros_like(self._places)
+
+    def _decode(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        table_rows: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
+        num_rows = len(table_rows)
+        places, ones, zeros = (each[:num_rows] for each in (self._places, self._ones, self._zeros))
+        spans = ExtendSpans(places, ones, context_lens, table_rows, places, zeros)
+        self._extend(layer_index, query, spans, scale, window, output)
+
+
+def context_type(batch_invariant: bool) -> type[TritonContext]:
+    return InvariantContext if batch_invariant else TritonContext
 
 
 _met_shapes: set[tuple[int, ...]] = set()  # those that cuDNN has a plan for, or gets one at the next prompt
@@ -184,15 +241,17 @@ def may_flash(cache: PagedKVCache, model_dtype: torch.dtype) -> bool:
     return is_even and model_dtype in FLASH_DTYPES and cache.device.type == "cuda"
 
 
-def cache_tile_rows(cache: PagedKVCache, dtype: torch.dtype) -> int:
+def cache_tile_rows(cache: PagedKVCache, dtype: torch.dtype, most: int = MAX_TILE_ROWS) -> int:
     """Query rows per prefill tile over all layers of this cache."""
     return min(
-        tile_rows(max(keys.shape[3], values.shape[3]), dtype)
+        tile_rows(max(keys.shape[3], values.shape[3]), dtype, most)
         for keys, values in zip(cache.keys, cache.values, strict=True)
     )
 
 
-def make_context(cache: PagedKVCache, layout: BatchLayout) -> TritonContext:
+def make_context(
+    cache: PagedKVCache, layout: BatchLayout, make: type[TritonContext] = TritonContext
+) -> TritonContext:
     """A context from a plain layout, with block tables of its own: for tests and for steps one by one."""
     spans = [*layout.decodes, *layout.prefills]
     width = max(len(span.block_table) for span in spans)
@@ -206,7 +265,8 @@ def make_context(cache: PagedKVCache, layout: BatchLayout) -> TritonContext:
         device=cache.device,
     )
     num_decodes = len(layout.decodes)
-    return TritonContext(
+    tile = cache_tile_rows(cache, cache.dtype, make.most_tile_rows)
+    return make(
         cache,
         StepTables(
             slots=tensor(layout.slots()),
@@ -214,17 +274,13 @@ def make_context(cache: PagedKVCache, layout: BatchLayout) -> TritonContext:
             num_decodes=num_decodes,
             decode_table_rows=tensor(list(range(num_decodes))),
             decode_context_lens=tensor([span.context_len for span in layout.decodes]),
-            spans=_extend_spans(layout.prefills, num_decodes, cache, tensor) if layout.prefills else None,
+            spans=_extend_spans(layout.prefills, num_decodes, tile, tensor) if layout.prefills else None,
         ),
     )
 
 
-def _extend_spans(
-    prefills: list[Span], first_table_row: int, cache: PagedKVCache, tensor: Any
-) -> ExtendSpans:
-    tile_spans, tile_offsets = cut_tiles(
-        [span.num_rows for span in prefills], cache_tile_rows(cache, cache.dtype)
-    )
+def _extend_spans(prefills: list[Span], first_table_row: int, tile: int, tensor: Any) -> ExtendSpans:
+    tile_spans, tile_offsets = cut_tiles([span.num_rows for span in prefills], tile)
     return ExtendSpans(
         first_rows=tensor([span.first_row for span in prefills]),
         num_rows=tensor([span.num_rows for span in prefills]),

@@ -1,7 +1,8 @@
 """Prefill attention over pages: many rows per sequence, ragged, each seeing its context so far.
 
 One launch serves all prefill chunks of a step, whatever prefix each has in the cache. The rows' own keys
-stand in the pages already.
+stand in the pages already. Keys are read in blocks that begin at multiples of their length in the context, so
+a row's result depends on its context and on the tile's shape, and not on the rows beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from longshore_server.native.attention.kv_cache import KVScales
 
 LOG2_E = 1.4426950408889634
+MAX_TILE_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +123,9 @@ def _extend_kernel(
     tl.store(places, result.to(output.dtype.element_ty), mask=mask)
 
 
-def tile_rows(head_dim: int, dtype: torch.dtype) -> int:
+def tile_rows(head_dim: int, dtype: torch.dtype, most: int = MAX_TILE_ROWS) -> int:
     """Query rows per tile for this head size; ExtendSpans are cut by it."""
-    return 128 if head_dim <= 128 and dtype != torch.float32 else 32
+    return min(most, MAX_TILE_ROWS if head_dim <= 128 and dtype != torch.float32 else 32)
 
 
 def extend_attention(
@@ -136,12 +138,13 @@ def extend_attention(
     scale: float,
     window: int | None,
     output: torch.Tensor,  # [tokens, num_heads, value_dim], contiguous
+    most_tile_rows: int = MAX_TILE_ROWS,  # as the spans are cut
 ) -> None:
     """Attends the spans' rows; fills those rows of `output` and no other."""
     num_heads, key_dim = query.shape[1:]
     _, block_size, num_kv_heads, value_dim = value_pages.shape
     rows = query if query.stride(2) == 1 else query.contiguous()
-    block_rows = tile_rows(max(key_dim, value_dim), query.dtype)
+    block_rows = tile_rows(max(key_dim, value_dim), query.dtype, most_tile_rows)
     _extend_kernel[(num_heads, spans.tile_spans.shape[0])](
         rows,
         key_pages,
@@ -169,7 +172,7 @@ def extend_attention(
         VALUE_DIM=value_dim,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
         BLOCK_ROWS=block_rows,
-        BLOCK_TOKENS=64 if block_rows == 128 else 32,
+        BLOCK_TOKENS=64 if block_rows > 32 else 32,
         HAS_WINDOW=window is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

@@ -19,8 +19,8 @@ from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.attention.triton_context import (
     MIN_FLASH_ROWS,
     StepTables,
-    TritonContext,
     cache_tile_rows,
+    context_type,
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
@@ -60,7 +60,10 @@ Results = list[SampledToken | None]
 
 
 class GpuRunner:
-    """Runs a model over a paged KV cache with Triton attention; launch() returns before the GPU is done."""
+    """Runs a model over a paged KV cache with Triton attention; launch() returns before the GPU is done.
+
+    With `batch_invariant`, whose products the model must have, a row's numbers are the same in every step.
+    """
 
     overlaps = True
 
@@ -73,6 +76,7 @@ class GpuRunner:
         features: ImageFeatures | None = None,
         *,
         on_ranks: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         """`on_ranks`: steps hold exchanges with other ranks."""
         self.model = model
@@ -82,8 +86,10 @@ class GpuRunner:
         self._is_cuda = cache.device.type == "cuda"
         self.drawn: dict[Sequence, int] = {}  # the last tokens of those that the host drew for
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
-        self._may_flash = may_flash(cache, model.dtype)
-        self._tile_rows = cache_tile_rows(cache, model.dtype)
+        self._batch_invariant = batch_invariant
+        self._make_context = context_type(batch_invariant)
+        self._may_flash = may_flash(cache, model.dtype) and not batch_invariant
+        self._tile_rows = cache_tile_rows(cache, model.dtype, self._make_context.most_tile_rows)
         # a fused decoder keeps the sampled rows itself, from its last layer's attention on, and no state
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
         is_alone = self._is_cuda and self._keeps_rows and not on_ranks
@@ -327,7 +333,7 @@ class GpuRunner:
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            **{CONTEXT_KEYWORD: TritonContext(self.cache, tables)},
+            **{CONTEXT_KEYWORD: self._make_context(self.cache, tables)},
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
@@ -343,9 +349,9 @@ class GpuRunner:
         """
         special = [row for row, (sequence, _) in enumerate(pairs) if not sequence.params.is_simple]
         self._draw_filtered(logits, sampled, pairs, rows)
-        redrawn = []
-        if special:
-            redrawn = sample(logits[[rows[row] for row in special]], [pairs[row][0] for row in special])
+        redrawn = self._sample_by_host(
+            logits, [rows[row] for row in special], [pairs[row][0] for row in special]
+        )
         if redrawn:
             self._note_drawn([pairs[row][0] for row in special], redrawn)
             last = torch.tensor([token.token_id for token in redrawn], device=self.device)
@@ -367,6 +373,15 @@ class GpuRunner:
             return tokens
 
         return read
+
+    def _sample_by_host(
+        self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence]
+    ) -> list[SampledToken]:
+        """One by one in batch-invariant mode, since torch's sums over a row depend on the number of rows."""
+        if self._batch_invariant:
+            pairs = zip(rows, sequences, strict=True)
+            return [sample(logits[[row]], [sequence])[0] for row, sequence in pairs]
+        return sample(logits[rows], sequences) if rows else []
 
     def _draw_filtered(
         self, logits: torch.Tensor, sampled: torch.Tensor, pairs: list[tuple[Sequence, int]], rows: list[int]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
-from longshore_server.native.errors import ModelLoadError
+from longshore_server.native.errors import ConfigError, ModelLoadError
 from longshore_server.native.model import fuse, products
 from longshore_server.native.model.file_weights import FileWeights, has_own_names
 from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
@@ -29,18 +29,24 @@ class WeightSource(Protocol):
 
 
 class LayerFinisher:
-    """Brings each filled layer into the form that serves: fused, in FP8, or as it is."""
+    """Brings each filled layer into the form that serves: fused, in FP8, or as it is.
+
+    Raises ConfigError where a GPU is to be batch-invariant and has no kernels for all of the model.
+    """
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self._to_fp8 = config.quantization == "fp8"
         self._model = language_model(model)
         self._fuses = config.fuses_layers and fuse.can_fuse(self._model)
         self._layers = decoder_layers(model)
+        self._batch_invariant = config.has_invariant_kernels
+        if self._batch_invariant:
+            _check_invariant(model, self._fuses)
 
     def finish_layer(self, index: int) -> None:
         """Call it once the layer has its weights."""
         if self._fuses:
-            self._layers[index] = fuse.fuse_layer(self._layers[index], self._to_fp8)
+            self._layers[index] = fuse.fuse_layer(self._layers[index], self._to_fp8, self._batch_invariant)
         elif self._to_fp8:
             products.replace_linears(self._layers[index])
 
@@ -48,6 +54,21 @@ class LayerFinisher:
         """Call it after the last layer."""
         if self._fuses:
             fuse.fuse_decoder(self._model)
+        if self._batch_invariant:
+            products.make_linears_invariant(self._model)
+
+
+def _check_invariant(model: PreTrainedModel, is_fused: bool) -> None:
+    """Transformers' own modules will not do: torch sums a norm by the number of rows."""
+    reason = None
+    if is_seeing(model.config):
+        reason = "models that see"
+    elif not is_fused:
+        reason = "layers that are not fused"
+    elif model.dtype not in (torch.bfloat16, torch.float16):
+        reason = "weights in float32"
+    if reason is not None:
+        raise ConfigError("batch_invariant", f"cannot be had on a GPU with {reason}")
 
 
 def build_random(hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig) -> PreTrainedModel:
