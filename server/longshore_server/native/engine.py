@@ -425,7 +425,8 @@ class NativeEngine:
     def settle(self) -> None:
         """Waits for steps that are being captured beside the ones that ran.
 
-        CUDA refuses to wait for a whole device, as torch.cuda.synchronize() does, while a capture goes on.
+        While a capture goes on, CUDA refuses to wait for a whole device, as torch.cuda.synchronize() does,
+        and torch to draw random numbers with the device's own generator.
         """
         self._runner.settle()
 

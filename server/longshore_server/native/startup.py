@@ -23,6 +23,7 @@ from longshore_server.native.cpu.compiled import load_library
 from longshore_server.native.cpu.decoder import CompiledDecoder, can_compile
 from longshore_server.native.cpu.runner import CpuRunner
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from longshore_server.native.gpu.graphs import CAPTURING
 from longshore_server.native.images import ImageGeometry
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.load import LoadedModel, load_model
@@ -63,6 +64,13 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
 
     With `links` it builds one rank's share; all ranks build at the same time.
     """
+    if torch.device(config.device).type != "cuda":
+        return _build(config, links)
+    with CAPTURING:  # random weights are drawn, and memory is counted, when no other engine captures
+        return _build(config, links)
+
+
+def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
     loaded = load_model(config, links)
     device = torch.device(config.device)
     geometries = _probe(loaded, device, config.model)

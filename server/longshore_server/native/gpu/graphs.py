@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ CAPTURE_TIMEOUT_S = 60.0
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 Shape = TypeVar("Shape", bound=Hashable)
+
+# Held while a step is captured. CUDA refuses to wait for a whole device then, and torch to draw from its own
+# generator of the device: what does either in another thread takes this first.
+CAPTURING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ class StepGraphs(Generic[Shape]):
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(self._stream):
+        with CAPTURING, torch.cuda.stream(self._stream):
             inputs = host_inputs.to(self._device)
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

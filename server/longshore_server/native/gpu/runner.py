@@ -24,7 +24,7 @@ from longshore_server.native.attention.triton_context import (
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
-from longshore_server.native.gpu.graphs import CaptureThread, StepGraphs, bucket_of
+from longshore_server.native.gpu.graphs import CAPTURING, CaptureThread, StepGraphs, bucket_of
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
     MAX_SPANS,
@@ -114,7 +114,8 @@ class GpuRunner:
         """Waits for what is launched or captured, and destroys the captured steps."""
         self.settle()
         if self._is_cuda:
-            torch.cuda.synchronize(self.device)
+            with CAPTURING:  # another engine's, by now
+                torch.cuda.synchronize(self.device)
         self._graphs.close()
         self._mixed_graphs.close()
         if self._capture_thread is not None:
