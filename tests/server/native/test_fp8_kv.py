@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from longshore_server.native import kv_scales_cli
-from longshore_server.native.attention.fp8_reference import Fp8Context, from_fp8, to_fp8
-from longshore_server.native.attention.kv_cache import KVScales, LayerGeometry, PagedKVCache
+from longshore_server.native.attention.fp8_reference import Fp8Context
+from longshore_server.native.attention.kv_cache import (
+    FP8_MAX,
+    KVScales,
+    LayerGeometry,
+    PagedKVCache,
+    from_fp8,
+    to_fp8,
+)
 from longshore_server.native.attention.kv_scales import (
     FILE_NAME,
-    FP8_MAX,
     MARGIN,
     load_scales,
     measure_scales,

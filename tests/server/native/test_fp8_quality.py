@@ -13,9 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from longshore_server.native import EngineConfig
-from longshore_server.native.attention.fp8_reference import from_fp8, to_fp8
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
-from longshore_server.native.attention.kv_cache import KVScales
+from longshore_server.native.attention.kv_cache import KVScales, from_fp8, to_fp8
 from longshore_server.native.attention.kv_scales import measure_scales, random_prompts
 from longshore_server.native.model.load import load_model
 from shop.chat import messages, render

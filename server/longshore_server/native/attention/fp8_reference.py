@@ -12,11 +12,9 @@ from typing import Any, cast
 
 import torch
 
-from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes
+from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes, from_fp8, to_fp8
 from longshore_server.native.attention.layout import BatchLayout, Span
 from longshore_server.native.attention.reference import AttentionPass, Planner
-
-FP8_MAX = 448.0  # largest finite e4m3
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +88,6 @@ class Fp8Context:
             )
             self._passes[window] = self._plan(self._layout, window, cast(PagedKVCache, pages))
         return self._passes[window]
-
-
-def to_fp8(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[..., heads, dim] divided by its heads' scales [heads], cut off at the largest number, rounded."""
-    return (rows.float() / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-
-
-def from_fp8(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (stored.float() * scale[:, None]).to(dtype)
 
 
 def _used(span: Span, layout: BatchLayout) -> list[int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+FP8_MAX = 448.0  # largest finite e4m3
+
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
@@ -93,6 +95,15 @@ class PagedKVCache:
 def as_bytes(pages: torch.Tensor) -> torch.Tensor:
     """The same memory in a type that every device can index: torch cannot index-copy all of the FP8 ones."""
     return pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+
+
+def to_fp8(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[..., heads, dim] divided by its heads' scales [heads], cut off at the largest number, rounded."""
+    return (rows.float() / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def from_fp8(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (stored.float() * scale[:, None]).to(dtype)
 
 
 def block_bytes(geometries: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype) -> int:

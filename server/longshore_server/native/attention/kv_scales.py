@@ -16,13 +16,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
-from longshore_server.native.attention.kv_cache import KVScales
+from longshore_server.native.attention.kv_cache import FP8_MAX, KVScales
 from longshore_server.native.checks import check_float
 from longshore_server.native.errors import ModelLoadError
 
 FILE_NAME = "kv_scales.json"
 FORMAT = 1
-FP8_MAX = 448.0
 MARGIN = 2.0  # over the largest magnitude that was seen
 MIN_AMAX = 1e-6
 MAX_SCALE = 1e6

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch.nn.functional import silu
 
-from longshore_server.native.attention.kv_cache import KVTarget
+from longshore_server.native.attention.kv_cache import KVTarget, to_fp8
 from longshore_server.native.model import fp8
 from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
 
@@ -94,7 +94,7 @@ def split_qkv(
 def _write(rows: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor) -> None:
     """Rows [tokens, heads, dim] to their slots, in an FP8 cache divided by each head's scale."""
     if pages.dtype == fp8.FP8_DTYPE:
-        rows = (rows.float() / scales[:, None]).clamp(-fp8.FP8_MAX, fp8.FP8_MAX)
+        rows = to_fp8(rows, scales)
     has_slot = slots >= 0
     flat = pages.view(-1, *pages.shape[2:])
     flat[slots[has_slot]] = rows[has_slot].to(pages.dtype)
