@@ -105,8 +105,8 @@ def peer_engines(peers: str, model: Path, work: Path, args: argparse.Namespace) 
     for form in ("Q4_0", "Q8_0"):
         file = work / f"{form}.gguf"
         if not file.exists():
-            maker = SCRIPTS / "bench_device_gguf.py"
-            subprocess.run([peers, str(maker), str(model), form, str(file)], check=True)
+            maker = SCRIPTS / "gguf_of_llama.py"
+            subprocess.run([peers, str(maker), str(model), str(file), form.lower()], check=True)
         out.append(start(f"llama.cpp {form}", peers, "llama", file, options, file.stat().st_size))
     if args.genai_model:
         size = sum(path.stat().st_size for path in args.genai_model.glob("model.onnx*"))

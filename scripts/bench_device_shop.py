@@ -104,8 +104,8 @@ def peer_engines(peers: str, model: Path, work: Path) -> list[Engine]:
     for form in FORMS:
         file = work / f"{model.name}-{form}.gguf"
         if not file.exists():
-            maker = SCRIPTS / "bench_device_gguf.py"
-            subprocess.run([peers, str(maker), str(model), form, str(file)], check=True)
+            maker = SCRIPTS / "gguf_of_llama.py"
+            subprocess.run([peers, str(maker), str(model), str(file), form.lower()], check=True)
         out.append(start(f"llama.cpp {form}", peers, "llama", file, options, file.stat().st_size))
     return out
 

@@ -128,7 +128,7 @@ def main() -> None:
 
 def llama(kind: str, folder: Path, options: argparse.Namespace) -> Peer:
     target = folder / f"{kind}.gguf"
-    command = [options.llama_python, str(HERE / "gguf_of_llama.py"), str(MODEL), str(target), kind]
+    command = [options.llama_python, str(HERE.parent / "gguf_of_llama.py"), str(MODEL), str(target), kind]
     subprocess.run(command, check=True)
     return Peer(f"llama.cpp {kind}", "llama.cpp", options.llama_python, str(target), options.threads)
 

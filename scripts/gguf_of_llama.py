@@ -1,6 +1,6 @@
 """Writes a Llama-shaped Hugging Face folder as a GGUF file without a vocabulary, for token-id prompts.
 
-`python gguf_of_llama.py FOLDER FILE {f32,f16,q8_0}`; needs gguf and numpy alone.
+`python gguf_of_llama.py FOLDER FILE {f32,f16,q8_0,q4_0}`; needs gguf and numpy alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -44,9 +45,12 @@ def tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         for name, entry in json.loads(data[8 : 8 + length]).items():
             if name == "__metadata__":
                 continue
-            assert entry["dtype"] == "BF16", f"{name} is {entry['dtype']}"
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            wide = np.frombuffer(data[begin:end], dtype="<u2").astype(np.uint32) << 16
+            if entry["dtype"] == "BF16":
+                wide = np.frombuffer(data[begin:end], dtype="<u2").astype(np.uint32) << 16
+            else:
+                assert entry["dtype"] == "F32", f"{name} is {entry['dtype']}"
+                wide = np.frombuffer(data[begin:end], dtype="<u4")
             yield name, wide.view(np.float32).reshape(entry["shape"])
 
 
