@@ -1,15 +1,13 @@
 """The training of the Shop models: `python -m shop.train {tokenizer,teacher,student,compare,evaluate}`.
 
-Runs on a GPU or, at toy size, on a CPU. Owns the loop, its checkpoints and its curves; the distillation
-losses come from longshore_export. Checkpoints are safetensors and JSON, never pickles.
+Runs on a GPU or, at toy size, on a CPU. Owns the models' losses and checkpoints; the distillation losses
+come from longshore_export. Checkpoints are safetensors and JSON, never pickles.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,10 +24,9 @@ from shop.batches import Batch, Batches, Markers
 from shop.chat import END, PREFIX
 from shop.evaluate import QuickEvaluation, evaluate_folder
 from shop.models import build_model, num_parameters, save_model
-from shop.optim import lr_factor, make_optimisers
+from shop.optim import make_optimisers
 from shop.tokenizer import FOLDER, MAX_MODEL_TOKENS, write_tokenizer
-
-UNTIMED_STEPS = 3  # compilation happens in the first steps and is no part of the wall time compared
+from shop.training_loop import STEPS_AT_ONCE, TrainingLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +52,13 @@ class Run:
     compile: bool = False
 
 
-class Trainer:
-    """Everything that changes during one run."""
+class Trainer(TrainingLoop[Run]):
+    """A run of the Shop's language models."""
+
+    untimed_steps = 3
 
     def __init__(self, run: Run, device: str):
-        self.run, self.device = run, device
+        super().__init__(run, device)
         self.tokenizer = AutoTokenizer.from_pretrained(FOLDER)
         to_id: Callable[[str], int] = self.tokenizer.convert_tokens_to_ids
         markers = Markers(
@@ -74,10 +73,8 @@ class Trainer:
             [self.model, *([self.distiller] if self.distiller else [])], run.muon_lr, run.adam_lr
         )
         self.quick = QuickEvaluation(self.tokenizer, run.eval_per_kind, device)
-        self.step, self.train_s = 0, 0.0
         if run.compile:
             _compile_layers(self.model)
-        run.out.mkdir(parents=True, exist_ok=True)
 
     def _distiller(self, path: Path) -> Distiller:
         teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(self.device)
@@ -85,9 +82,8 @@ class Trainer:
             _compile_layers(teacher)
         return Distiller(self.model, teacher, DistillWeights()).to(self.device)
 
-    @property
-    def progress(self) -> float:
-        return max(self.step / self.run.num_steps, self.train_s / self.run.max_seconds)
+    def next_losses(self) -> dict[str, Tensor]:
+        return self.losses(self.batches(self.step))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         if self.distiller:
@@ -97,65 +93,26 @@ class Trainer:
         logits = self.model.lm_head(states.flatten(0, 1)[chosen])
         return {"total": F.cross_entropy(logits.float(), batch.labels.flatten()[chosen])}
 
-    def autocast(self) -> Any:
-        return (
-            torch.autocast(self.device, torch.bfloat16) if self.device == "cuda" else contextlib.nullcontext()
-        )
-
-    def train_step(self) -> dict[str, Tensor]:
-        factor = lr_factor(self.step, self.progress, self.run.warmup_steps, self.run.decay_fraction)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
-        with self.autocast():
-            losses = self.losses(self.batches(self.step))
-        losses["total"].backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        self.step += 1
-        return {name: loss.detach() for name, loss in losses.items()}
-
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the last line of the curve."""
         self.resume()
         line: dict[str, Any] = {}
         while self.progress < 1.0:
-            started = self._clock()
-            until = min(self.run.num_steps, self.step + (UNTIMED_STEPS if self.step == 0 else 25))
-            timed = self.step > 0
-            while self.step < until and self.progress < 1.0:
-                losses = self.train_step()
-            if timed:
-                self.train_s += self._clock() - started
+            losses = self.advance()
             finished = self.progress >= 1.0
-            if finished or self.step % self.run.eval_every < 25:
+            if finished or self.step % self.run.eval_every < STEPS_AT_ONCE:
                 line = self._log(losses)
-            if self.run.checkpoint_every and (finished or self.step % self.run.checkpoint_every < 25):
+            if self.run.checkpoint_every and (
+                finished or self.step % self.run.checkpoint_every < STEPS_AT_ONCE
+            ):
                 self.checkpoint()
         save_model(self.model, self.run.out / "model")
         return line
 
-    def _clock(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def _log(self, losses: dict[str, Tensor]) -> dict[str, Any]:
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             scores = self.quick(self.model)
-        line = {
-            "run": self.run.out.name,
-            "step": self.step,
-            "train_s": round(self.train_s, 2),
-            "loss": {name: round(float(loss), 4) for name, loss in losses.items()},
-            "exact": scores,
-        }
-        with (self.run.out / "curve.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
-        return line
+        return self.write_line({"run": self.run.out.name}, losses, scores)
 
     def checkpoint(self) -> None:
         """Write what the rest of the run needs; the old checkpoint stands until the new one is whole."""

@@ -1,15 +1,13 @@
 """The training of the picture model: `python -m shop.train_pictures {train,evaluate}`.
 
-Runs on a GPU or, at toy size, on a CPU. Owns the loop, its losses, its checkpoint and its curve. A second
-loss names the digit under each patch; its head is dropped in the end.
+Runs on a GPU or, at toy size, on a CPU. Owns the losses and what is saved. A second loss names the digit
+under each patch; its head is dropped in the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from shop.batches import IGNORED, Markers, answer_labels
 from shop.chat import END, PREFIX
 from shop.evaluate_pictures import PictureEvaluation, evaluate_folder, image_features
 from shop.models import num_parameters
-from shop.optim import lr_factor, make_optimisers
+from shop.optim import make_optimisers
 from shop.picture_batches import PhotoPool, PictureBatch
 from shop.picture_models import (
     PATCH_PX,
@@ -33,12 +31,12 @@ from shop.picture_models import (
     sizes_of,
     vision_tokenizer,
 )
+from shop.training_loop import TrainingLoop
 
 MAX_ANSWERS_TOKENS = 32  # of the three answers of a chat
 NUM_DIGIT_CLASSES = 21  # none, units 0 to 9, tens 0 to 9
 DIGIT_WEIGHT = 0.5
 LEAST_WEIGHT_OF_NONE = 0.02
-UNTIMED_STEPS = 8  # compilation
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +108,13 @@ def spread_image_tokens(tokens: Tensor, image_token_id: int, num_image_tokens: i
     return tokens.gather(1, source)
 
 
-class PictureTrainer:
-    """Everything that changes during one run."""
+class PictureTrainer(TrainingLoop[PictureRun]):
+    """A run of the picture model."""
+
+    untimed_steps = 8
 
     def __init__(self, run: PictureRun, device: str):
-        self.run, self.device = run, device
-        run.out.mkdir(parents=True, exist_ok=True)
+        super().__init__(run, device)
         self.sizes_px = sizes_of(run.which).sizes_px
         tokenizer_file = run.out / "tokenizer.json"
         tokenizer = vision_tokenizer(tokenizer_file)
@@ -135,13 +134,11 @@ class PictureTrainer:
         self.evaluation = PictureEvaluation(tokenizer, self.sizes_px, run.eval_photos, device)
         self.generator = torch.Generator(device).manual_seed(run.seed)
         self.sizes = torch.Generator().manual_seed(run.seed)
-        self.step, self.train_s = 0, 0.0
         if run.compile:
             _compile_layers(self.model)
 
-    @property
-    def progress(self) -> float:
-        return max(self.step / self.run.num_steps, self.train_s / self.run.max_seconds)
+    def next_losses(self) -> dict[str, Tensor]:
+        return self.losses(self.next_batch())
 
     def next_batch(self) -> PictureBatch:
         size = self.sizes_px[int(torch.randint(len(self.sizes_px), (1,), generator=self.sizes))]
@@ -166,66 +163,25 @@ class PictureTrainer:
         digits = self.digits(states, batch.digits)
         return {"total": answers + DIGIT_WEIGHT * digits, "answers": answers, "digits": digits}
 
-    def train_step(self) -> dict[str, Tensor]:
-        factor = lr_factor(self.step, self.progress, self.run.warmup_steps, self.run.decay_fraction)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
-        with self.autocast():
-            losses = self.losses(self.next_batch())
-        losses["total"].backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        self.step += 1
-        return {name: loss.detach() for name, loss in losses.items()}
-
-    def autocast(self) -> Any:
-        return (
-            torch.autocast(self.device, torch.bfloat16) if self.device == "cuda" else contextlib.nullcontext()
-        )
-
     def train(self) -> dict[str, Any]:
         """Train to the end and write the model; returns the last line of the curve."""
         self.pool.wait_for(min(self.run.pool_photos, 16 * self.run.shard_photos))
         line: dict[str, Any] = {}
         logged = 0
         while self.progress < 1.0:
-            started = self._clock()
-            is_timed = self.step > 0
-            until = min(self.run.num_steps, self.step + (25 if is_timed else UNTIMED_STEPS))
-            while self.step < until and self.progress < 1.0:
-                losses = self.train_step()
-            if is_timed:
-                self.train_s += self._clock() - started
+            losses = self.advance()
             if self.progress >= 1.0 or self.step - logged >= self.run.eval_every:
                 logged = self.step
-                line = self._log(losses, self._clock() - started)
+                line = self._log(losses)
                 self.save()
         self.pool.close()
         return line
 
-    def _clock(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _log(self, losses: dict[str, Tensor], seconds: float) -> dict[str, Any]:
+    def _log(self, losses: dict[str, Tensor]) -> dict[str, Any]:
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             exact = self.evaluation(self.model)
-        line = {
-            "step": self.step,
-            "train_s": round(self.train_s, 2),
-            "last_steps_s": round(seconds, 2),
-            "photos_drawn": self.pool.num_drawn,
-            "loss": {name: round(float(loss), 4) for name, loss in losses.items()},
-            "exact": exact,
-        }
-        with (self.run.out / "curve.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
-        return line
+        line = {"last_steps_s": round(self.last_steps_s, 2), "photos_drawn": self.pool.num_drawn}
+        return self.write_line(line, losses, exact)
 
     def save(self) -> None:
         """The model's folder, and its fp32 weights with the second loss's head, to go on from."""
