@@ -123,8 +123,15 @@ class StepGraphs(Generic[Shape]):
         outputs = self._forward(host_inputs.to(self._device, non_blocking=True), shape)
         self._warm.add(shape)
         if self._is_on and self._thread is not None and self._underway is None:
-            self._underway = shape, self._thread.submit(lambda: self._capture(host_inputs, shape))
+            self._begin(self._thread, host_inputs, shape)
         return outputs
+
+    def _begin(self, thread: CaptureThread, host_inputs: torch.Tensor, shape: Shape) -> None:
+        try:
+            self._underway = shape, thread.submit(lambda: self._capture(host_inputs, shape))
+        except RuntimeError:  # the thread could not start, or is closed
+            logger.exception("there is no thread to capture steps; they stay eager")
+            self._is_on = False
 
     def _adopt(self) -> None:
         """Takes over what the thread has captured by now."""
