@@ -62,8 +62,10 @@ def _prompts(*lengths: int) -> list[list[int]]:
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
+@pytest.mark.parametrize(
+    "form", [{"fuse_layers": False}, {"fuse_layers": True}, {"batch_invariant": True}], ids=str
+)
+def test_greedy_tokens_are_those_of_transformers(folder, form) -> None:
     """Teacher-forced: each token is the likeliest in float32, or one that bf16 cannot tell from it.
 
     What bf16 can tell is measured on transformers' own bf16 model: a logit that may be off by so much lets a
@@ -72,7 +74,7 @@ def test_greedy_tokens_are_those_of_transformers(folder, fuse) -> None:
     from transformers import AutoModelForCausalLM
 
     prompts = _prompts(1, 5, 17, 130, 700)
-    engine = _engine(folder, fuse_layers=fuse)
+    engine = _engine(folder, **form)
     answers = engine.generate(prompts, GREEDY)
     oracle = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager"
