@@ -13,7 +13,7 @@ import queue
 import sqlite3
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ _BUSY_TIMEOUT_S = 2.0
 _ENTRY_OVERHEAD_BYTES = 200
 _TOUCH_AFTER_S = 60.0
 _EVICT_TO = 0.9
+_MAX_MODELS = 10_000
 
 # The total is kept by triggers, so that a write never reads the whole table.
 SCHEMA = """
@@ -40,6 +41,7 @@ CREATE TRIGGER IF NOT EXISTS answer_stored AFTER INSERT ON answers
     BEGIN UPDATE total SET size_bytes = size_bytes + new.size_bytes; END;
 CREATE TRIGGER IF NOT EXISTS answer_gone AFTER DELETE ON answers
     BEGIN UPDATE total SET size_bytes = size_bytes - old.size_bytes; END;
+CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, digest TEXT NOT NULL);
 """
 
 
@@ -194,6 +196,18 @@ class DiskStore:
         if self.size_bytes() > self._max_bytes:
             self._evict()
 
+    def digests(self) -> dict[str, str]:
+        """The digest of each model, as it was told last."""
+        return dict(self._db.execute("SELECT name, digest FROM models"))
+
+    def put_digests(self, digests: Mapping[str, str]) -> None:
+        """Keep the digests of these models; those told longest ago go when there are too many."""
+        kept = "SELECT rowid FROM models ORDER BY rowid DESC LIMIT ?"
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR REPLACE INTO models VALUES (?, ?)", digests.items())
+            self._db.execute(f"DELETE FROM models WHERE rowid NOT IN ({kept})", (_MAX_MODELS,))
+
     def size_bytes(self) -> int:
         """The bytes of all entries."""
         return int(self._db.execute("SELECT size_bytes FROM total").fetchone()[0])
@@ -259,6 +273,21 @@ class AnswerCache:
             self._writes.put_nowait((key, entry))
             self._pool.submit(self._write)
 
+    async def digests(self) -> dict[str, str]:
+        """The digests that were kept last, in an earlier life perhaps; none without a disk."""
+        if self._disk is None:
+            return {}
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._disk.digests)
+        except sqlite3.Error:
+            self.num_failures += 1
+            return {}
+
+    def keep_digests(self, digests: Mapping[str, str]) -> None:
+        """Keep digests beside the answers, whose keys hold them; the disk follows behind."""
+        if self._disk is not None:
+            self._pool.submit(self._write_digests, digests)
+
     def close(self) -> None:
         """Finish the writes and close the file."""
         self._pool.shutdown(wait=True)
@@ -289,6 +318,13 @@ class AnswerCache:
         key, entry = self._writes.get_nowait()
         try:
             self._disk.put(key, entry)
+        except sqlite3.Error:
+            self.num_failures += 1
+
+    def _write_digests(self, digests: Mapping[str, str]) -> None:
+        assert self._disk is not None
+        try:
+            self._disk.put_digests(digests)
         except sqlite3.Error:
             self.num_failures += 1
 

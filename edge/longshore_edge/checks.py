@@ -25,12 +25,19 @@ class HealthChecks:
     """The loop over all cores of one worker."""
 
     def __init__(
-        self, fleet: Fleet, upstream: Upstream, interval_s: float, clock: Callable[[], float]
+        self,
+        fleet: Fleet,
+        upstream: Upstream,
+        interval_s: float,
+        clock: Callable[[], float],
+        on_round: Callable[[], None],
     ) -> None:
+        """`on_round` is called after each round of checks."""
         self._fleet = fleet
         self._upstream = upstream
         self._interval_s = interval_s
         self._clock = clock
+        self._on_round = on_round
         self._num_silent: dict[str, int] = {}
 
     async def run(self) -> None:
@@ -45,6 +52,7 @@ class HealthChecks:
     async def check_all(self) -> None:
         """Check every core once, together; never raises for what a core does."""
         await asyncio.gather(*(self._check(core) for core in self._fleet.cores.values()))
+        self._on_round()
 
     async def _check(self, core: Core) -> None:
         try:

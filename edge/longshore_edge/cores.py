@@ -5,7 +5,7 @@ Pure state with the clock passed in; the connections are `upstream`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from longshore.wire import ModelCard
@@ -68,6 +68,7 @@ class Fleet:
         self._limit = config.num_candidates
         self._clock = clock
         self.cores = {settings.name: _core(settings, config, clock) for settings in config.cores}
+        self.remembered: Mapping[str, str] = {}  # digests from before a restart, for cores yet to be heard
 
     def choose(
         self, model: str, client: Place | None, tried: frozenset[str], *, for_images: bool = False
@@ -98,13 +99,23 @@ class Fleet:
         return best, best.load.predicted_ttft_s(now_s)
 
     def digest_of(self, model: str) -> str | None:
-        """The digest of the weights behind `model` if all cores that serve it agree, else None."""
+        """The digest of the weights behind `model` if all cores that serve it agree, else None.
+
+        While none says that it serves it, and some have not said anything yet, it is the remembered one.
+        """
         digests = {
             core.models[model].model_digest
             for core in self.cores.values()
             if core.models is not None and model in core.models
         }
+        if not digests and any(core.models is None for core in self.cores.values()):
+            return self.remembered.get(model)
         return digests.pop() if len(digests) == 1 else None
+
+    def told_digests(self) -> dict[str, str]:
+        """The digest of each model that cores say they serve, where they agree."""
+        names = {name for core in self.cores.values() for name in core.models or ()}
+        return {name: digest for name in sorted(names) if (digest := self.digest_of(name)) is not None}
 
     def model_cards(self) -> Sequence[ModelCard]:
         """The models of all cores, each name once."""

@@ -57,7 +57,10 @@ class Worker:
         self._upstream = Upstream(config, _assertions(config), self.clock)
         self._fleet = Fleet(config, make_policy(config.policy, random.Random()), self.clock)
         self._cache = _open_cache(config, state_dir)
-        self._checks = HealthChecks(self._fleet, self._upstream, config.health_interval_s, self.clock)
+        self._kept_digests: dict[str, str] = {}
+        self._checks = HealthChecks(
+            self._fleet, self._upstream, config.health_interval_s, self.clock, self._keep_digests
+        )
         self.relay = Relay(
             config,
             self._fleet,
@@ -73,6 +76,8 @@ class Worker:
 
     async def start(self) -> None:
         """Look at all cores once, then go on with it; the student loads meanwhile."""
+        if self._cache is not None:
+            self._fleet.remembered = await self._cache.digests()
         await self._checks.check_all()
         self._run(self._checks.run())
         self._run(watch_senders(self.watches, self.config.client_timeout_s, self.clock))
@@ -94,6 +99,13 @@ class Worker:
         self._limits.close()
         if self._geo is not None:
             self._geo.close()
+
+    def _keep_digests(self) -> None:
+        """Kept answers can be found after a restart even if their core is down by then."""
+        told = self._fleet.told_digests()
+        if self._cache is not None and told and told != self._kept_digests:
+            self._cache.keep_digests(told)
+            self._kept_digests = told
 
     # -- requests ------------------------------------------------------------------------------
 

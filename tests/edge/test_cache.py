@@ -73,6 +73,19 @@ def test_disk_keeps_to_its_bytes_and_forgets_the_least_used(tmp_path: Path) -> N
     reopened.close()
 
 
+def test_disk_keeps_what_models_were_told_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longshore_edge.cache._MAX_MODELS", 3)
+    disk = DiskStore(tmp_path / "c.sqlite", 1000)
+    disk.put_digests({"a": "1", "b": "2"})
+    disk.put_digests({"a": "3"})
+    assert disk.digests() == {"a": "3", "b": "2"}
+    disk.put_digests({"c": "4", "d": "5"})
+    disk.close()
+    reopened = DiskStore(tmp_path / "c.sqlite", 1000)
+    assert reopened.digests() == {"a": "3", "c": "4", "d": "5"}
+    reopened.close()
+
+
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "c.sqlite").write_bytes(b"no database at all" * 100)
     with pytest.raises(ConfigError):

@@ -165,6 +165,20 @@ async def test_tenants_workers_restarts_and_cores_that_are_down(tmp_path: Path) 
             assert await ask_on_fresh_connections(edge.url, KEY, request, 4) == {True}
 
 
+async def test_an_edge_that_starts_while_the_core_is_down_still_finds_its_answers(tmp_path: Path) -> None:
+    request = fresh()
+    with start_core("core-a") as core:
+        toml = edge_toml([core], f'workers = 2\ncache_path = "{tmp_path}/cache.sqlite"')
+        with start_edge(tmp_path, toml) as edge:
+            assert await ask_on_fresh_connections(edge.url, KEY, request, 1) == {False}
+            await asyncio.sleep(0.3)  # the disk follows behind
+        core.kill()
+        with start_edge(tmp_path, toml) as edge:
+            assert await ask_on_fresh_connections(edge.url, KEY, request, 6) == {True}
+            async with session_to(edge) as session:
+                assert (await ask(session, fresh()))[0] == 503
+
+
 async def test_an_old_answer_is_better_than_none(tmp_path: Path) -> None:
     request = fresh()
     with start_core("core-a") as core, start_edge(tmp_path, edge_toml([core], "cache_ttl_s = 0.2")) as edge:
