@@ -26,6 +26,8 @@ from longshore.sse import SseDecoder
 from longshore.tier_process import TierProcess
 
 KEY = "a-key"
+# On torch alone an answer lasts long enough to be broken into.
+SETTINGS = ["--set", "batch_invariant=true", "--set", "fuse_layers=false"]
 ENVIRONMENT = {"LONGSHORE_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
 
 
@@ -36,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def serve(model: Path, *flags: str, **environment: str) -> TierProcess:
     arguments = ["serve", "--model", str(model), "--load-format", "random", "--port", "0", *flags]
-    return TierProcess([*arguments, "--set", "batch_invariant=true"], environment=ENVIRONMENT | environment)
+    return TierProcess([*arguments, *SETTINGS], environment=ENVIRONMENT | environment)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def started(model: Path, *flags: str, **environment: str) -> Iterator[tuple[subp
     """A core in a process group of its own, and its URL."""
     command = [sys.executable, "-m", "longshore.cli", "serve", "--model", str(model), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--load-format", "random", "--set", "batch_invariant=true", *flags],
+        [*command, "--load-format", "random", *SETTINGS, *flags],
         env=os.environ | ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
