@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from longshore.errors import ConfigError
 from longshore.wire import AnyRequest, ChatRequest, ContentPart, Extension, dump_json, encode
@@ -27,6 +28,8 @@ _ENTRY_OVERHEAD_BYTES = 200
 _TOUCH_AFTER_S = 60.0
 _EVICT_TO = 0.9
 _MAX_MODELS = 10_000
+
+_T = TypeVar("_T")
 
 # The total is kept by triggers, so that a write never reads the whole table.
 SCHEMA = """
@@ -257,7 +260,8 @@ class AnswerCache:
         """A fresh entry of either layer; with `stale`, one of any age."""
         entry = self._memory.get(key)
         if entry is None or not (stale or self._is_fresh(entry)):
-            entry = await self._get_from_disk(key) or entry
+            kept = None if self._disk is None else await self._read(self._disk.get, key, self._clock())
+            entry = kept or entry
         if entry is None or not (stale or self._is_fresh(entry)):
             return None
         self._memory.put(key, entry)
@@ -271,22 +275,16 @@ class AnswerCache:
             return
         with contextlib.suppress(queue.Full):
             self._writes.put_nowait((key, entry))
-            self._pool.submit(self._write)
+            self._pool.submit(self._write_next, self._disk)
 
     async def digests(self) -> dict[str, str]:
         """The digests that were kept last, in an earlier life perhaps; none without a disk."""
-        if self._disk is None:
-            return {}
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._disk.digests)
-        except sqlite3.Error:
-            self.num_failures += 1
-            return {}
+        return (None if self._disk is None else await self._read(self._disk.digests)) or {}
 
     def keep_digests(self, digests: Mapping[str, str]) -> None:
         """Keep digests beside the answers, whose keys hold them; the disk follows behind."""
         if self._disk is not None:
-            self._pool.submit(self._write_digests, digests)
+            self._pool.submit(self._write, self._disk.put_digests, digests)
 
     def close(self) -> None:
         """Finish the writes and close the file."""
@@ -302,31 +300,23 @@ class AnswerCache:
     def _is_fresh(self, entry: Entry) -> bool:
         return self._clock() - entry.stored_s <= self._ttl_s
 
-    async def _get_from_disk(self, key: bytes) -> Entry | None:
-        disk = self._disk
-        if disk is None:
-            return None
+    async def _read(self, read: Callable[..., _T], *arguments: object) -> _T | None:
+        """What `read` gives in the disk's thread; None if the disk fails."""
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, disk.get, key, self._clock())
+            return await asyncio.get_running_loop().run_in_executor(self._pool, read, *arguments)
         except sqlite3.Error:
             self.num_failures += 1
             return None
 
-    def _write(self) -> None:
-        assert self._disk is not None
-        key, entry = self._writes.get_nowait()
+    def _write(self, write: Callable[..., None], *arguments: object) -> None:
+        """In the disk's thread."""
         try:
-            self._disk.put(key, entry)
+            write(*arguments)
         except sqlite3.Error:
             self.num_failures += 1
 
-    def _write_digests(self, digests: Mapping[str, str]) -> None:
-        assert self._disk is not None
-        try:
-            self._disk.put_digests(digests)
-        except sqlite3.Error:
-            self.num_failures += 1
+    def _write_next(self, disk: DiskStore) -> None:
+        self._write(disk.put, *self._writes.get_nowait())
 
 
 class SingleFlight:

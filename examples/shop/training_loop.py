@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -37,7 +38,7 @@ class Schedule(Protocol):
 ScheduleT = TypeVar("ScheduleT", bound=Schedule)
 
 
-class TrainingLoop(Generic[ScheduleT]):
+class TrainingLoop(ABC, Generic[ScheduleT]):
     """What changes during one run; a derived class sets `model` and `optimisers`."""
 
     untimed_steps: ClassVar[int]  # compilation happens in the first ones and is no part of the time compared
@@ -49,9 +50,9 @@ class TrainingLoop(Generic[ScheduleT]):
         self.step, self.train_s, self.last_steps_s = 0, 0.0, 0.0
         run.out.mkdir(parents=True, exist_ok=True)
 
+    @abstractmethod
     def next_losses(self) -> dict[str, Tensor]:
         """Those of the next batch; "total" is what is minimised."""
-        raise NotImplementedError
 
     @property
     def progress(self) -> float:

@@ -32,10 +32,9 @@ def select_attention(
     if sparsity is not None and bounds is not None:
         return partial(SparseContext, plan=plan_passes, sparsity=sparsity, bounds=bounds)
     if device.type == "cuda":
-        # triton is on GPUs only
-        from longshore_server.native.attention.triton_context import context_type, make_context
+        from longshore_server.native.attention.triton_context import make_context  # triton is on GPUs only
 
-        return partial(make_context, make=context_type(batch_invariant))
+        return make_context
     if fp8_cache:
         return partial(Fp8Context, plan=plan_passes)
     return partial(ReferenceContext, plan=plan_invariant_passes if batch_invariant else plan_passes)

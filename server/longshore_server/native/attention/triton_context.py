@@ -111,12 +111,12 @@ class TritonContext(FusedContext):
         window: int | None,
         output: torch.Tensor,
     ) -> None:
-        cache, tables = self.cache, self.tables
-        pages = (cache.keys[layer_index], cache.values[layer_index], tables.block_tables)
-        scales = cache.scales[layer_index]
-        decode_attention(
-            query, *pages, table_rows, context_lens, scales, scale, window, output, tables.arrivals
+        pages, scales, arrivals = (
+            self._pages(layer_index),
+            self.cache.scales[layer_index],
+            self.tables.arrivals,
         )
+        decode_attention(query, *pages, table_rows, context_lens, scales, scale, window, output, arrivals)
 
     def _extend(
         self,
@@ -127,10 +127,12 @@ class TritonContext(FusedContext):
         window: int | None,
         output: torch.Tensor,
     ) -> None:
-        cache = self.cache
-        pages = (cache.keys[layer_index], cache.values[layer_index], self.tables.block_tables)
-        scales = cache.scales[layer_index]
+        pages, scales = self._pages(layer_index), self.cache.scales[layer_index]
         extend_attention(query, *pages, spans, scales, scale, window, output, self.most_tile_rows)
+
+    def _pages(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, and the tables of who has which."""
+        return self.cache.keys[layer_index], self.cache.values[layer_index], self.tables.block_tables
 
     def attend_written(
         self,

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -49,7 +49,8 @@ class CaptureThread:
         return self._executor.submit(capture)
 
     def close(self) -> None:
-        self._executor.shutdown()
+        """For when nothing is under way any more: it waits for nothing."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self) -> None:
         """A product, since cuBLAS makes each thread a handle, and none while it captures."""
@@ -98,8 +99,7 @@ class StepGraphs(Generic[Shape]):
     def settle(self) -> None:
         """Waits for the capture under way, CAPTURE_TIMEOUT_S at most."""
         if self._underway is not None:
-            with contextlib.suppress(Exception):  # _adopt() looks at what went wrong
-                self._underway[1].exception(CAPTURE_TIMEOUT_S)
+            wait([self._underway[1]], CAPTURE_TIMEOUT_S)
             self._adopt()
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ def step_payload(chunks: Sequence[Chunk]) -> bytes:
 
 def read_step(payload: bytes) -> list[Chunk]:
     """The chunks of a step, each with a RemoteSequence; raises RankProtocolError on anything else."""
-    numbers = _ints(payload)
+    numbers = read_ints(payload, _INT)
     place = 1
     chunks: list[Chunk] = []
     for _ in range(numbers[0] if numbers else -1):
@@ -101,7 +101,7 @@ def blocks_payload(blocks: Sequence[int]) -> bytes:
 
 
 def read_blocks(payload: bytes) -> list[int]:
-    return _ints(payload)
+    return read_ints(payload, _INT)
 
 
 def pong_payload(serial: int, num_collectives: int) -> bytes:
@@ -116,8 +116,9 @@ def read_pong(payload: bytes) -> tuple[int, int]:
     return serial, num_collectives
 
 
-def _ints(payload: bytes) -> list[int]:
-    numbers = array(_INT)
+def read_ints(payload: bytes, typecode: str) -> list[int]:
+    """Whole numbers of one type of `array`; raises RankProtocolError."""
+    numbers = array(typecode)
     if len(payload) % numbers.itemsize:
         raise RankProtocolError(f"{len(payload)} bytes are not whole numbers")
     numbers.frombytes(payload)

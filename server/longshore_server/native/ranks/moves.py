@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from longshore_server.native.errors import RankProtocolError
 from longshore_server.native.offload.moves import Fetched, Fill, Move, Place
 from longshore_server.native.offload.spec import MAX_TIERS
+from longshore_server.native.ranks.messages import read_ints
 
 BLOCK = -1
 _INT = array("q").typecode
@@ -31,7 +32,7 @@ def move_payload(moves: Sequence[Move], fills: Sequence[Fill]) -> bytes:
 
 def read_move(payload: bytes) -> tuple[list[Move], list[Fill]]:
     """Raises RankProtocolError on anything that move_payload() does not make."""
-    numbers = _ints(payload)
+    numbers = read_ints(payload, _INT)
     num_moves, num_fills = numbers[:2] if len(numbers) >= 2 else (BLOCK, BLOCK)
     fills_at = 2 + _MOVE_INTS * num_moves
     if min(num_moves, num_fills) < 0 or len(numbers) != fills_at + _FILL_INTS * num_fills:
@@ -49,7 +50,7 @@ def fetch_payload(serial: int, places: Sequence[Place]) -> bytes:
 
 def read_fetch(payload: bytes) -> tuple[int, list[Place]]:
     """Serial and places; raises RankProtocolError."""
-    numbers = _ints(payload)
+    numbers = read_ints(payload, _INT)
     if len(numbers) % _PLACE_INTS != 1:
         raise RankProtocolError(f"{len(numbers)} numbers are not a serial and places")
     return numbers[0], [_place(*row) for row in _rows(numbers[1:], _PLACE_INTS)]
@@ -62,7 +63,7 @@ def fetched_payload(serial: int, fetched: Fetched) -> bytes:
 
 def read_fetched(payload: bytes) -> tuple[int, Fetched]:
     """Serial and answer; raises RankProtocolError."""
-    numbers = _ints(payload)
+    numbers = read_ints(payload, _INT)
     if len(numbers) != 3 or numbers[1] < 0 or not 0 <= numbers[2] < 1 << MAX_TIERS:
         raise RankProtocolError("an answer about fetched units is not sound")
     serial, num_read, closed = numbers
@@ -88,11 +89,3 @@ def _block(block: int) -> int:
 
 def _rows(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
-
-
-def _ints(payload: bytes) -> list[int]:
-    numbers = array(_INT)
-    if len(payload) % numbers.itemsize:
-        raise RankProtocolError(f"{len(payload)} bytes are not whole numbers")
-    numbers.frombytes(payload)
-    return numbers.tolist()
