@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from longshore_server.native import SamplingParams
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 from longshore_server.native.config import EngineConfig
-from longshore_server.native.errors import ConfigError, QueueFullError
+from longshore_server.native.errors import ConfigError
 from longshore_server.native.offload import file_memory
 from longshore_server.native.offload.file_memory import FileMemory
 from longshore_server.native.offload.kv_offload import KVOffload
@@ -26,6 +26,7 @@ from longshore_server.native.offload.spec import TierSpec, parse_kv_swap
 from longshore_server.native.offload.speeds import Speeds
 from longshore_server.native.offload.store import TieredStore
 from longshore_server.native.offload.units import read_units, unit_bytes, write_units
+from swap_traffic import FEW_BLOCKS, MAX_LEN, SwapTraffic
 
 UNIT = 32
 HOST, FILE = 3, 4
@@ -424,55 +425,16 @@ def test_random_traffic_over_small_tiers_leaves_the_books_clean(
 ) -> None:
     """Adds, aborts, preemptions and holds; every answer that ends by itself is the undisturbed one."""
     chosen = random.Random(has_prefix_cache)
-    prompts = [[chosen.choice([7, 8])] * chosen.randrange(1, 79) for _ in range(6)]
-    settings_of = [
-        SamplingParams(max_tokens=chosen.randrange(1, 40), temperature=1.0, seed=n, ignore_eos=True)
-        for n in range(6)
-    ]
-    calm = make_engine("qwen2", max_model_len=80).generate(prompts, settings_of)
+    traffic = SwapTraffic(chosen)
+    calm = make_engine("qwen2", max_model_len=MAX_LEN).generate(traffic.prompts, traffic.params)
     engine = make_engine(
         "qwen2",
-        num_kv_blocks=48,
-        max_model_len=80,
-        max_num_batched_tokens=24,
-        max_num_waiting=24,
         enable_prefix_cache=has_prefix_cache,
         kv_swap=("host:24KiB", f"file:{tmp_path}:32KiB"),
+        **FEW_BLOCKS,
     )
     _always(engine, swap=True)
-    live: dict[str, list[int]] = {}
-    num_whole = 0
-    for number in range(260):
-        for _ in range(chosen.randrange(3)):
-            name = f"{chosen.randrange(6)}-{number}-{chosen.random()}"
-            index = int(name[0])
-            try:
-                engine.add_request(name, prompts[index], settings_of[index], tenant=chosen.choice("ab"))
-                live[name] = []
-            except QueueFullError:
-                pass
-        if live:
-            name = chosen.choice(sorted(live))
-            act = chosen.choice(
-                [engine.preempt, engine.swap_out, engine.swap_in, engine.swap_in, engine.abort]
-            )
-            if act != engine.abort or chosen.random() < 0.3:
-                act(name)
-        for name in sorted(live) if number >= 200 else ():
-            engine.swap_in(name)
-        for output in engine.step():
-            if output.token_id is not None:
-                live[output.request_id].append(output.token_id)
-            if output.finish_reason is not None:
-                answer = live.pop(output.request_id)
-                assert output.finish_reason == "abort" or answer == calm[int(output.request_id[0])]
-                num_whole += output.finish_reason != "abort"
-        if number % 10 == 0:
-            engine.check_integrity()
-    engine.check_integrity()
-    stats = engine.stats()
-    assert num_whole > 20 and stats.num_swaps_chosen and stats.num_blocks_swapped_in
-    assert stats.num_failed == 0
+    traffic.run(engine, calm, num_steps=260, num_added=lambda: chosen.randrange(3))
 
 
 def test_the_page_bounds_of_swapped_blocks_come_back(make_engine, greedy) -> None:

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 
 import rank_with_faults
+import swap_traffic
 from core_processes import tiny_model_folder
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
-from longshore_server.native.errors import ConfigError, ModelLoadError, QueueFullError, RanksLostError
+from longshore_server.native.errors import ConfigError, ModelLoadError, RanksLostError
 from longshore_server.native.offload.memory import HostMemory
 from longshore_server.native.offload.spec import parse_kv_swap
 from longshore_server.native.offload.tiers import open_tiers
 from longshore_server.native.ranks import group
 from longshore_server.native.ranks import start as rank_start
 from rank_threads import use_rank_threads
+from swap_traffic import MAX_LEN, SwapTraffic
 
 NUM_TOKENS = 24
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
@@ -124,42 +126,11 @@ def test_random_traffic_over_small_tiers_leaves_the_books_clean(
 ) -> None:
     """Adds, aborts, preemptions and holds; every answer that ends by itself is the undisturbed one."""
     use_rank_threads(monkeypatch)
-    chosen = random.Random(has_prefix_cache)
-    prompts = [[chosen.choice([7, 8])] * chosen.randrange(1, 79) for _ in range(6)]
-    params = [
-        SamplingParams(max_tokens=chosen.randrange(1, 40), temperature=1.0, seed=n, ignore_eos=True)
-        for n in range(6)
-    ]
-    calm = make(max_model_len=80).generate(prompts, params)
-    few = {"num_kv_blocks": 48, "max_model_len": 80, "max_num_batched_tokens": 24, "max_num_waiting": 24}
+    traffic = SwapTraffic(random.Random(has_prefix_cache))
+    calm = make(max_model_len=MAX_LEN).generate(traffic.prompts, traffic.params)
     tiers = ("host:16KiB", "file:{}:24KiB")
-    engine = _swapping(make, tmp_path, tiers, enable_prefix_cache=has_prefix_cache, **few)
-    live: dict[str, list[int]] = {}
-    num_whole = 0
-    for number in range(200):
-        name = f"{chosen.randrange(6)}-{number}"
-        try:
-            engine.add_request(name, prompts[int(name[0])], params[int(name[0])], tenant=chosen.choice("ab"))
-            live[name] = []
-        except QueueFullError:
-            pass
-        acts = [engine.preempt, engine.swap_out, engine.swap_in, engine.swap_in]
-        chosen.choice([*acts, engine.abort] if chosen.random() < 0.3 else acts)(chosen.choice(sorted(live)))
-        for name in sorted(live) if number >= 150 else ():
-            engine.swap_in(name)
-        for output in engine.step():
-            if output.token_id is not None:
-                live[output.request_id].append(output.token_id)
-            if output.finish_reason is not None:
-                answer = live.pop(output.request_id)
-                assert output.finish_reason == "abort" or answer == calm[int(output.request_id[0])]
-                num_whole += output.finish_reason != "abort"
-        if number % 10 == 0:
-            engine.check_integrity()
-    engine.check_integrity()
-    stats = engine.stats()
-    assert num_whole > 20 and stats.num_swaps_chosen and stats.num_blocks_swapped_in
-    assert stats.num_failed == 0
+    settings = swap_traffic.FEW_BLOCKS | {"enable_prefix_cache": has_prefix_cache}
+    traffic.run(_swapping(make, tmp_path, tiers, **settings), calm, num_steps=200, num_added=lambda: 1)
 
 
 def test_page_bounds_come_back_on_each_rank(
