@@ -1,8 +1,9 @@
 """Decode attention against context, dense and sparse: PYTHONPATH=server:sdk_python:tests python3 FILE.
 
 One layer of Llama-70B's shape (8 KV heads of 128, 8 query heads each), bf16, pages of 16 tokens anywhere in
-the cache. A sparse time holds the picking of the pages. Dense and sparse run the same kernel: the Triton one
-on a GPU, torch's over gathered pages elsewhere. Sparse over everything is checked against dense first.
+the cache. A sparse time holds the picking of the pages. Dense and sparse attend by the same kernel: on a GPU
+the Triton one, as a captured graph, elsewhere torch's over gathered pages. Sparse over everything is checked
+against dense first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,16 +28,21 @@ from longshore_server.native.attention.sparse import (
 )
 from longshore_server.native.attention.sparsity import Sparsity
 
+if TYPE_CHECKING:
+    from longshore_server.native.attention.triton_pages import PickedPages
+
 PAGE, KEY_DIM = 16, 128
+ALWAYS: dict[str, Any] = {"dense_layers": frozenset(), "dense_below_tokens": 0}
 SPARSITIES = {
-    "window": Sparsity(window_tokens=1024, sink_tokens=64),
-    "top pages": Sparsity(window_tokens=512, sink_tokens=64, top_pages=64),
+    "window": Sparsity(window_tokens=1024, sink_tokens=64, **ALWAYS),
+    "top pages": Sparsity(window_tokens=512, sink_tokens=64, top_pages=64, **ALWAYS),
 }
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Bench:
-    """`num_rows` sequences of one context length over one layer's cache."""
+    """`num_rows` sequences of one context length over one layer's cache, attended in torch."""
+
+    kernel = "torch"
 
     def __init__(self, context: int, num_rows: int, num_heads: int, num_kv_heads: int, device: str) -> None:
         self.device, self.scale = torch.device(device), KEY_DIM**-0.5
@@ -52,47 +59,62 @@ class Bench:
         lens = torch.full((num_rows,), context, device=self.device)
         self.rows = SparseRows(torch.arange(num_rows, device=self.device), lens, tables)
         self.query = torch.randn(num_rows, num_heads, KEY_DIM, dtype=dtype, device=self.device)
-        self.kernel = paged_kernel(self.device)
 
     def dense(self) -> torch.Tensor:
-        keys, values = self.cache.keys[0], self.cache.values[0]
-        if self.kernel is not None:
-            return self.kernel(self.query, keys, values, self.rows.tables, self.rows.context_lens, self.scale)
         everything = torch.arange(self.rows.tables.shape[1], device=self.device)
-        picks = everything.expand(len(self.query), 1, -1)
-        slots, lens = slot_tables(picks, self.rows, PAGE, keys.shape[2])
-        return attend_slots(self.query, keys, values, slots, lens, self.scale)
+        return self._attend(everything.expand(len(self.query), 1, -1))
 
     def sparse(self, sparsity: Sparsity) -> torch.Tensor:
-        keys, values = self.cache.keys[0], self.cache.values[0]
-        slots, lens = slot_tables(self.pick(sparsity), self.rows, PAGE, keys.shape[2])
-        return attend_slots(self.query, keys, values, slots, lens, self.scale)
-
-    def pick(self, sparsity: Sparsity) -> torch.Tensor:
         if sparsity.top_pages:
-            return pick_pages(0, self.query, self.rows, sparsity, self.bounds, PAGE, self.scale)
-        scores = torch.zeros(len(self.query), 1, self.rows.tables.shape[1], device=self.device)
-        return best_pages(scores, self.rows, sparsity, PAGE)
+            picks = pick_pages(0, self.query, self.rows, sparsity, self.bounds, PAGE, self.scale)
+        else:
+            scores = torch.zeros(len(self.query), 1, self.rows.tables.shape[1], device=self.device)
+            picks = best_pages(scores, self.rows, sparsity, PAGE)
+        return self._attend(picks)
+
+    def _attend(self, picks: torch.Tensor) -> torch.Tensor:
+        slots, lens = slot_tables(picks, self.rows, PAGE, self.cache.keys[0].shape[2])
+        return attend_slots(self.query, self.cache, 0, slots, lens, self.scale)
 
 
-def paged_kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """The Triton decode kernel over (query, pages, pages, tables, lengths, scale), or None."""
-    if device.type != "cuda":
-        return None
-    from longshore_server.native.attention.kv_cache import KVScales
-    from longshore_server.native.attention.triton_decode import decode_attention
+class TritonBench(Bench):
+    """The same on a GPU, as the engine attends there."""
 
-    one = torch.ones(64, dtype=torch.float32, device=device)
-    scales = KVScales(one, one)
+    kernel = "triton"
 
-    def attend(query, keys, values, tables, lens, scale):  # type: ignore[no-untyped-def]
-        output = torch.empty_like(query)
-        which = torch.arange(len(query), device=device)
-        tables = tables.to(torch.int32)
-        decode_attention(query, keys, values, tables, which, lens, scales, scale, None, output)
+    def dense(self) -> torch.Tensor:
+        return self._attend_pages(None)
+
+    def sparse(self, sparsity: Sparsity) -> torch.Tensor:
+        from longshore_server.native.attention.triton_pages import PagePicker
+
+        rows, lens = self.rows.rows, self.rows.context_lens
+        picker = PagePicker(sparsity, self.bounds)
+        places = self._tables, rows, lens, torch.zeros_like(lens)
+        return self._attend_pages(picker.pick(0, self.query, *places, self.scale, None))
+
+    def _attend_pages(self, picked: PickedPages | None) -> torch.Tensor:
+        from longshore_server.native.attention.triton_decode import decode_attention
+
+        cache, output = self.cache, torch.empty_like(self.query)
+        decode_attention(
+            self.query,
+            cache.keys[0],
+            cache.values[0],
+            self._tables,
+            self.rows.rows,
+            self.rows.context_lens,
+            cache.scales[0],
+            self.scale,
+            None,
+            output,
+            picked=picked,
+        )
         return output
 
-    return attend
+    @cached_property
+    def _tables(self) -> torch.Tensor:
+        return self.rows.tables.to(torch.int32)
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
@@ -130,19 +152,18 @@ def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 @torch.inference_mode()
 def measure(context: int, args: argparse.Namespace) -> dict[str, object]:
-    bench = Bench(context, args.rows, args.heads, args.kv_heads, args.device)
-    everything = Sparsity(window_tokens=context, sink_tokens=0)
+    make = TritonBench if args.device.startswith("cuda") else Bench
+    bench = make(context, args.rows, args.heads, args.kv_heads, args.device)
+    everything = Sparsity(window_tokens=context, sink_tokens=0, **ALWAYS)
     difference = (bench.sparse(everything) - bench.dense()).abs().max().item()
     assert difference < 2e-2, f"sparse over everything differs from dense by {difference}"
     calls: dict[str, Callable[[], object]] = {"dense": bench.dense}
     calls |= {name: partial(bench.sparse, sparsity) for name, sparsity in SPARSITIES.items()}
-    for name, call in list(calls.items()):
-        try:
-            calls[name] = graphed(call, bench.device)
-        except RuntimeError as error:  # a capture that torch refuses: timed with its launches
-            print(f"{name} at {context}: not captured: {str(error).splitlines()[0]}")
-    times = {name: milliseconds(call, bench.device, args.budget_s) for name, call in calls.items()}
-    return {"context": context, "kernel": "torch" if bench.kernel is None else "triton", **times}
+    times = {
+        name: milliseconds(graphed(call, bench.device), bench.device, args.budget_s)
+        for name, call in calls.items()
+    }
+    return {"context": context, "kernel": bench.kernel, **times}
 
 
 def main() -> None:

@@ -80,10 +80,6 @@ class EngineConfig:
         if self.kv_cache_dtype != "auto" and self.placement != "tensor_parallel":
             words = f"{self.kv_cache_dtype} cannot be had with placement {self.placement}"
             raise ConfigError("kv_cache_dtype", words)
-        if self.kv_cache_dtype != "auto" and parse_sparsity(self.attention_sparsity) is not None:
-            raise ConfigError(
-                "kv_cache_dtype", f"{self.kv_cache_dtype} cannot be had with attention_sparsity"
-            )
         _check_choice("quantization", self.quantization, QUANTIZATIONS)
         self._check_quantization()
         _check_choice("placement", self.placement, PLACEMENTS)

@@ -13,7 +13,9 @@ from longshore_server.native.attention.backend import MakeContext
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
+from longshore_server.native.attention.sparsity import Sparsity
 from longshore_server.native.model.vision import ImageFeatures, model_inputs
+from longshore_server.native.pieces import cut_sparse_rows
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
@@ -45,9 +47,11 @@ class ModelRunner:
         device: torch.device,
         make_context: MakeContext,
         features: ImageFeatures | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
         self.model = model
         self._make_context = make_context
+        self._sparsity = sparsity
         self.cache = cache
         self.device = device
         self._features = features
@@ -74,22 +78,28 @@ class ModelRunner:
 
         Running the same chunks again gives the same result and the same cache: nothing else is changed.
         """
-        order = sorted(range(len(chunks)), key=lambda index: _row_order(chunks[index]))
-        ordered = [chunks[index] for index in order]
-        logits = self._forward(ordered)
+        pieces = self._ordered_pieces(chunks)
+        logits = self._forward([piece for _, piece in pieces])
         sampled = iter(
-            sample(logits, [c.sequence for c in ordered if c.samples]) if logits is not None else ()
+            sample(logits, [piece.sequence for _, piece in pieces if piece.samples])
+            if logits is not None
+            else ()
         )
         results: list[SampledToken | None] = [None] * len(chunks)
-        for index, chunk in zip(order, ordered, strict=True):
-            if chunk.samples:
+        for index, piece in pieces:
+            if piece.samples:
                 results[index] = next(sampled)
         return results
 
     @torch.inference_mode()
     def run_without_sampling(self, chunks: SequenceOf[Chunk]) -> None:
         """The forward pass of run() alone, for a rank that does not sample."""
-        self._forward(sorted(chunks, key=_row_order))
+        self._forward([piece for _, piece in self._ordered_pieces(chunks)])
+
+    def _ordered_pieces(self, chunks: SequenceOf[Chunk]) -> list[tuple[int, Chunk]]:
+        """In row order, each with the index of its chunk: single tokens by context length, longer ones."""
+        pieces = cut_sparse_rows(chunks, self._sparsity)
+        return sorted(pieces, key=lambda each: (each[1].num_tokens > 1, each[1].start))
 
     def _forward(self, chunks: SequenceOf[Chunk]) -> torch.Tensor | None:
         """Logits [rows, vocab] of the chunks that sample, in order; None when none does."""
@@ -97,10 +107,8 @@ class ModelRunner:
         positions: list[int] = []
         sampling_rows: list[int] = []
         for chunk in chunks:
-            start = chunk.sequence.num_computed_tokens
-            end = start + chunk.num_tokens
-            token_ids += chunk.sequence.token_ids[start:end]
-            positions += range(start, end)
+            token_ids += chunk.sequence.token_ids[chunk.start : chunk.context_len]
+            positions += range(chunk.start, chunk.context_len)
             if chunk.samples:
                 sampling_rows.append(len(token_ids) - 1)
         context = self._make_context(self.cache, batch_layout(chunks, self.cache.block_size))
@@ -124,14 +132,9 @@ def batch_layout(chunks: SequenceOf[Chunk], block_size: int) -> BatchLayout:
     first_row = 0
     for chunk in chunks:
         sequence = chunk.sequence
-        context_len = sequence.num_computed_tokens + chunk.num_tokens
         span = Span(
-            first_row, chunk.num_tokens, context_len, sequence.block_table, sequence.num_prompt_tokens
+            first_row, chunk.num_tokens, chunk.context_len, sequence.block_table, sequence.num_prompt_tokens
         )
         (decodes if chunk.num_tokens == 1 else prefills).append(span)
         first_row += chunk.num_tokens
     return BatchLayout(decodes, prefills, block_size)
-
-
-def _row_order(chunk: Chunk) -> tuple[bool, int]:
-    return (chunk.num_tokens > 1, chunk.sequence.num_computed_tokens)

@@ -22,11 +22,25 @@ SEQUENCES_PER_SPARE_BLOCK = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `num_tokens` uncomputed tokens of a sequence; `samples` when they reach its last one."""
+    """The next `num_tokens` uncomputed tokens of a sequence; `samples` when they reach its last one.
+
+    As a piece of a larger chunk it begins behind the `offset` tokens of the pieces before it.
+    """
 
     sequence: Sequence
     num_tokens: int
     samples: bool
+    offset: int = 0
+
+    @property
+    def start(self) -> int:
+        """Where its first token stands in the sequence."""
+        return self.sequence.num_computed_tokens + self.offset
+
+    @property
+    def context_len(self) -> int:
+        """Tokens of the sequence up to and including its own."""
+        return self.start + self.num_tokens
 
 
 @dataclass(slots=True)

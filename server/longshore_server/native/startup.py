@@ -82,7 +82,9 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
         batch_invariant = config.batch_invariant is not False
     kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     sparsity = parse_sparsity(config.attention_sparsity)
-    ranked = set() if sparsity is None else set(range(len(geometries))) - sparsity.dense_layers
+    ranked: set[int] = set()  # layers whose pages are ranked by their bounds
+    if sparsity is not None and sparsity.top_pages:
+        ranked = set(range(len(geometries))) - sparsity.dense_layers
     bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
     bytes_per_block += bounds_bytes(geometries, ranked, kv_dtype)
     num_blocks = _num_kv_blocks(config, loaded, bytes_per_block, has_gpu=links is None or links.is_nccl)
@@ -97,7 +99,7 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
     if compiled is not None:
         compiled.attach(cache)
         runner: Runner = CpuRunner(compiled, features)
-    elif device.type == "cuda" and config.placement == "tensor_parallel" and sparsity is None:
+    elif device.type == "cuda" and config.placement == "tensor_parallel":
         from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
 
         runner = GpuRunner(
@@ -108,6 +110,8 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
             features,
             on_ranks=links is not None,
             batch_invariant=batch_invariant,
+            sparsity=sparsity,
+            bounds=bounds,
         )
         if links is not None and not links.is_nccl:
             runner.stay_eager()
@@ -119,7 +123,7 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
             bounds=bounds,
             fp8_cache=kv_dtype == torch.float8_e4m3fn,
         )
-        runner = ModelRunner(loaded.model, cache, device, attention, features)
+        runner = ModelRunner(loaded.model, cache, device, attention, features, sparsity)
     offload, shard_store = _open_swap(config, cache, bounds, links)
     return BuiltModel(
         runner=runner,

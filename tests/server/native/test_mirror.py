@@ -93,6 +93,7 @@ def test_what_is_read_is_what_was_told(data: st.DataObject) -> None:
             start = one.num_computed_tokens
             assert (theirs.num_tokens, theirs.samples) == (ours.num_tokens, ours.samples)
             assert (other.num_computed_tokens, other.next_offset) == (start, one.next_offset)
+            assert other.num_prompt_tokens == one.num_prompt_tokens
             assert other.block_table == one.block_table and other.block_table is not one.block_table
             tokens = one.token_ids[start : start + ours.num_tokens]
             unseen = [known.get(one, ON_GPU)] if len(tokens) < ours.num_tokens else []

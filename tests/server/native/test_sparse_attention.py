@@ -7,17 +7,21 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
-from longshore_server.native.attention.layout import BatchLayout, Span
-from longshore_server.native.attention.page_bounds import PageBounds
+from longshore_server.native.attention.fp8_reference import Fp8Context
 from longshore_server.native.attention.reference import ReferenceContext, plan_passes
 from longshore_server.native.attention.sparse import SparseContext
 from longshore_server.native.attention.sparsity import Sparsity, parse_sparsity
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError
+from longshore_server.native.pieces import cut_sparse_rows
+from longshore_server.native.sampling_params import SamplingParams
+from longshore_server.native.scheduler import Chunk
+from longshore_server.native.sequence import Sequence
+from sparse_batch import Rows, SparseBatch
 
-DIM, SIZE, NUM_BLOCKS, SCALE = 16, 4, 400, 0.3
 SPARSITIES = {
     "window": Sparsity(window_tokens=9, sink_tokens=3, dense_layers=frozenset(), dense_below_tokens=0),
     "top": Sparsity(
@@ -27,111 +31,46 @@ SPARSITIES = {
         window_tokens=5, sink_tokens=4, top_pages=2, dense_layers=frozenset(), dense_below_tokens=40
     ),
 }
-# (rows, context, prompt): decodes by context first, one of them a prompt's last token; then prefills, of
-# which one holds generated tokens that are computed again
-SHAPE = [(1, 3, 2), (1, 37, 20), (1, 90, 90), (1, 130, 11), (9, 9, 9), (12, 80, 74), (6, 41, 0)]
+# Decodes, one of them a prompt's last token, and prefills, of which two hold generated tokens that are
+# computed again.
+SEQUENCES = [
+    Rows(1, 3, 2),
+    Rows(1, 37, 20),
+    Rows(1, 90, 90),
+    Rows(1, 130, 11),
+    Rows(9, 9, 9),
+    Rows(12, 80, 74),
+    Rows(6, 41, 0),
+]
 ALL = Sparsity(window_tokens=1000, dense_layers=frozenset(), dense_below_tokens=0)
 
 
-class Batch:
-    """Sequences with known keys and values; the earlier tokens of each were written by earlier steps."""
-
-    def __init__(self, shape: list[tuple[int, int, int]], num_heads: int, num_kv_heads: int) -> None:
-        torch.manual_seed(1)
-        geometry = LayerGeometry(num_kv_heads, DIM, DIM)
-        self.cache = PagedKVCache([geometry], NUM_BLOCKS, SIZE, torch.float32, torch.device("cpu"))
-        self.cache.keys[0][:-1].normal_()  # leavings of other owners
-        self.bounds = PageBounds(self.cache, [0])
-        blocks = random.Random(1).sample(range(NUM_BLOCKS), NUM_BLOCKS)
-        self.keys = [torch.randn(context, num_kv_heads, DIM) for _, context, _ in shape]
-        self.values = [torch.randn(context, num_kv_heads, DIM) for _, context, _ in shape]
-        self.queries = [torch.randn(rows, num_heads, DIM) for rows, _, _ in shape]
-        self.tables = [[blocks.pop() for _ in range(-(-context // SIZE))] for _, context, _ in shape]
-        self.shape = shape
-
-    def attend(self, sparsity: Sparsity | None, only: list[int] | None = None) -> torch.Tensor:
-        """The output for all rows, or for those of some sequences in a batch of their own."""
-        chosen = list(range(len(self.shape))) if only is None else only
-        for index in chosen:  # the past, written as a prefill would have
-            rows, context, prompt = self.shape[index]
-            if context > rows:
-                past = [Span(0, context - rows, context - rows, self.tables[index], prompt)]
-                new = slice(0, context - rows)
-                self._context(BatchLayout([], past, SIZE), ALL).attend(
-                    0, self.queries[index][:1].expand(context - rows, -1, -1), self.keys[index][new],
-                    self.values[index][new], SCALE, None,
-                )  # fmt: skip
-        spans, first_row = [], 0
-        for index in chosen:
-            rows, context, prompt = self.shape[index]
-            spans.append(Span(first_row, rows, context, self.tables[index], prompt))
-            first_row += rows
-        layout = BatchLayout(
-            [s for s in spans if s.num_rows == 1], [s for s in spans if s.num_rows > 1], SIZE
-        )
-        tail = [slice(self.shape[i][1] - self.shape[i][0], self.shape[i][1]) for i in chosen]
-        return self._context(layout, sparsity).attend(
-            0,
-            torch.cat([self.queries[i] for i in chosen]),
-            torch.cat([self.keys[i][new] for i, new in zip(chosen, tail, strict=True)]),
-            torch.cat([self.values[i][new] for i, new in zip(chosen, tail, strict=True)]),
-            SCALE,
-            None,
-        )
-
-    def _context(self, layout: BatchLayout, sparsity: Sparsity | None):
-        if sparsity is None:
-            return ReferenceContext(self.cache, layout, plan_passes)
-        return SparseContext(self.cache, layout, plan=plan_passes, sparsity=sparsity, bounds=self.bounds)
-
-    def expected(self, sparsity: Sparsity) -> torch.Tensor:
-        """Row by row and head by head, from the definition."""
-        outputs = []
-        for (rows, context, prompt), queries, keys, values in zip(
-            self.shape, self.queries, self.keys, self.values, strict=True
-        ):
-            for row in range(rows):
-                length = context - rows + row + 1
-                is_sparse = length > max(prompt, sparsity.dense_below_tokens)
-                for head in range(queries.shape[1]):
-                    group = queries.shape[1] // keys.shape[1]
-                    kv_head = head // group
-                    heads = queries[row, kv_head * group : (kv_head + 1) * group]
-                    seen = list(range(length))
-                    if is_sparse:
-                        pages = _visible_pages(heads, keys[:length, kv_head], sparsity)
-                        seen = [token for token in seen if token // SIZE in pages]
-                    weights = (keys[seen, kv_head] @ queries[row, head] * SCALE).softmax(0)
-                    outputs.append(weights @ values[seen, kv_head])
-        return torch.stack(outputs).view(-1, self.queries[0].shape[1], DIM)
+def sparse(cache, layout, sparsity, bounds):
+    dense = Fp8Context if cache.dtype.itemsize == 1 else ReferenceContext
+    make_dense = partial(dense, plan=plan_passes)
+    return SparseContext(cache, layout, make_dense=make_dense, sparsity=sparsity, bounds=bounds)
 
 
-def _visible_pages(heads: torch.Tensor, keys: torch.Tensor, sparsity: Sparsity) -> set[int]:
-    num_pages = -(-len(keys) // SIZE)
-    sink = range(min(num_pages, -(-sparsity.sink_tokens // SIZE)))
-    num_window = -(-(sparsity.window_tokens - 1) // SIZE) + 1
-    window = range(max(0, num_pages - num_window), num_pages)
-    between = range(len(sink), max(len(sink), num_pages - num_window))
-    scores = torch.empty(len(heads), len(between))
-    for column, page in enumerate(between):
-        part = keys[page * SIZE : (page + 1) * SIZE]
-        low, high = part.min(0).values, part.max(0).values
-        scores[:, column] = torch.maximum(heads * low, heads * high).sum(1)
-    if not len(between):
-        return {*sink, *window}
-    shares = (scores * SCALE).softmax(1).sum(0)
-    best = shares.argsort(descending=True)[: sparsity.top_pages].tolist()
-    return {*sink, *window, *(between[column] for column in best)}
+def dense(cache, layout, sparsity, bounds):
+    return ReferenceContext(cache, layout, plan_passes)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("name", list(SPARSITIES))
 def test_each_row_sees_sink_window_and_its_best_pages(name, heads) -> None:
-    batch = Batch(SHAPE, *heads)
+    batch = SparseBatch(SEQUENCES, heads)
     sparsity = SPARSITIES[name]
-    output = batch.attend(sparsity)
+    output = batch.attend(sparse, sparsity)
     assert torch.allclose(output, batch.expected(sparsity), atol=1e-5)
-    assert not torch.allclose(output, batch.attend(None), atol=1e-2)
+    assert not torch.allclose(output, batch.attend(dense, sparsity), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", list(SPARSITIES))
+def test_an_fp8_cache_is_seen_as_it_is_rounded(name) -> None:
+    sequences = [rows for rows in SEQUENCES if rows.num_rows < rows.context_len]  # the others read no pages
+    batch = SparseBatch(sequences, (6, 2), cache_dtype=torch.float8_e4m3fn)
+    output = batch.attend(sparse, SPARSITIES[name])
+    assert torch.allclose(output, batch.expected(SPARSITIES[name]), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -147,39 +86,73 @@ def test_each_row_sees_sink_window_and_its_best_pages(name, heads) -> None:
     ids=["window", "top pages", "dense layer", "dense length"],
 )
 def test_equals_dense_attention_when_everything_is_seen(sparsity) -> None:
-    batch = Batch(SHAPE, 6, 2)
-    assert torch.allclose(batch.attend(sparsity), batch.attend(None), atol=1e-6)
+    batch = SparseBatch(SEQUENCES, (6, 2))
+    assert torch.allclose(batch.attend(sparse, sparsity), batch.attend(dense, sparsity), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(SPARSITIES))
 def test_a_row_sees_the_same_alone_and_in_company(name) -> None:
-    batch = Batch(SHAPE, 6, 2)
-    together = batch.attend(SPARSITIES[name])
+    batch = SparseBatch(SEQUENCES, (6, 2))
+    together = batch.attend(sparse, SPARSITIES[name])
     first_row = 0
-    for index, (rows, _, _) in enumerate(SHAPE):
-        alone = batch.attend(SPARSITIES[name], only=[index])
-        assert torch.allclose(alone, together[first_row : first_row + rows], atol=1e-6)
-        first_row += rows
+    for index, rows in enumerate(SEQUENCES):
+        alone = batch.attend(sparse, SPARSITIES[name], only=[index])
+        assert torch.allclose(alone, together[first_row : first_row + rows.num_rows], atol=1e-6)
+        first_row += rows.num_rows
 
 
 def test_the_page_with_the_wanted_key_is_among_the_picked() -> None:
-    batch = Batch([(1, 203, 100)], 6, 2)
+    batch = SparseBatch([Rows(1, 203, 100)], (6, 2))
     token = 121
     batch.keys[0][token, 1] = batch.queries[0][0, 4] * 3
     sparsity = Sparsity(
         window_tokens=4, sink_tokens=4, top_pages=1, dense_layers=frozenset(), dense_below_tokens=0
     )
-    assert torch.allclose(batch.attend(sparsity)[0, 4], batch.values[0][token, 1], atol=0.1)
+    assert torch.allclose(batch.attend(sparse, sparsity)[0, 4], batch.values[0][token, 1], atol=0.1)
     blind = Sparsity(window_tokens=4, sink_tokens=4, dense_layers=frozenset(), dense_below_tokens=0)
-    assert not torch.allclose(batch.attend(blind)[0, 4], batch.values[0][token, 1], atol=0.1)
+    assert not torch.allclose(batch.attend(sparse, blind)[0, 4], batch.values[0][token, 1], atol=0.1)
 
 
 def test_another_owners_nan_in_the_padding_of_a_page_is_not_ranked() -> None:
-    batch = Batch([(1, 203, 100)], 6, 2)
-    clean = batch.attend(SPARSITIES["top"])
+    batch = SparseBatch([Rows(1, 203, 100)], (6, 2))
+    clean = batch.attend(sparse, SPARSITIES["top"])
     assert not clean.isnan().any()
     batch.cache.keys[0][batch.tables[0][-1], 3] = 1e30  # behind the context's end
-    assert torch.equal(batch.attend(SPARSITIES["top"]), clean)
+    assert torch.equal(batch.attend(sparse, SPARSITIES["top"]), clean)
+
+
+# --- pieces of chunks ---
+
+
+@given(
+    prompt=st.integers(1, 30),
+    generated=st.integers(1, 30),
+    computed=st.integers(0, 60),
+    num_tokens=st.integers(1, 60),
+    dense_below=st.integers(0, 70),
+)
+def test_pieces_are_the_chunk_and_each_sparse_row_is_alone(
+    prompt, generated, computed, num_tokens, dense_below
+) -> None:
+    answer = range(3, 3 + generated)
+    sequence = Sequence("r", [3] * prompt, SamplingParams(), max_model_len=200, continue_from=answer)
+    total = prompt + generated
+    sequence.num_computed_tokens = min(computed, total - 1)
+    num_tokens = min(num_tokens, total - sequence.num_computed_tokens)
+    chunk = Chunk(sequence, num_tokens, sequence.num_computed_tokens + num_tokens == total)
+    other = Chunk(sequence, 1, samples=False)
+    sparsity = Sparsity(window_tokens=4, dense_below_tokens=dense_below)
+
+    assert cut_sparse_rows([chunk], None) == [(0, chunk)]
+    pieces = cut_sparse_rows([other, chunk], sparsity)
+    assert pieces[0] == (0, other)
+    places = [place for index, piece in pieces[1:] for place in range(piece.start, piece.context_len)]
+    assert places == list(range(chunk.start, chunk.context_len))
+    assert [piece.samples for _, piece in pieces[1:]] == [False] * (len(pieces) - 2) + [chunk.samples]
+    for index, piece in pieces[1:]:
+        assert index == 1
+        is_sparse = piece.context_len > max(prompt, dense_below)
+        assert piece.num_tokens == 1 or not is_sparse
 
 
 # --- in the engine ---
@@ -196,6 +169,18 @@ def test_answers_equal_the_dense_engines_when_all_is_seen(make_engine, greedy) -
     wide = make_engine("llama", attention_sparsity="window=256 dense_layers=none dense_below=0")
     assert wide.generate(prompts, params) == dense
     narrow = make_engine("llama", attention_sparsity="sink=4 window=8 dense_layers=none dense_below=0")
+    assert narrow.generate(prompts, params) != dense
+
+
+def test_an_fp8_cache_gives_the_dense_engines_answers_when_all_is_seen(make_engine, greedy) -> None:
+    prompts, params = _long_prompts(6), greedy(24, ignore_eos=True)
+    make = partial(make_engine, "llama", kv_cache_dtype="fp8")
+    dense = make().generate(prompts, params)
+    wide = make(attention_sparsity="window=256 dense_layers=none dense_below=0")
+    assert wide.generate(prompts, params) == dense
+    top = make(attention_sparsity="sink=4 window=8 top_pages=60 dense_layers=none dense_below=0")
+    assert top.generate(prompts, params) == dense
+    narrow = make(attention_sparsity="sink=4 window=8 top_pages=2 dense_layers=none dense_below=0")
     assert narrow.generate(prompts, params) != dense
 
 

@@ -29,12 +29,15 @@ def select_attention(
     fp8_cache: bool = False,
 ) -> MakeContext:
     """A maker of one step's context: Triton kernels on CUDA, the torch reference everywhere else."""
-    if sparsity is not None and bounds is not None:
-        return partial(SparseContext, plan=plan_passes, sparsity=sparsity, bounds=bounds)
     if device.type == "cuda":
-        from longshore_server.native.attention.triton_context import make_context  # triton is on GPUs only
+        # triton is on GPUs only
+        from longshore_server.native.attention.triton_context import make_context
+        from longshore_server.native.attention.triton_pages import page_picker
 
-        return make_context
+        return partial(make_context, picker=page_picker(sparsity, bounds))
+    dense = partial(Fp8Context if fp8_cache else ReferenceContext, plan=plan_passes)
+    if sparsity is not None and bounds is not None:
+        return partial(SparseContext, make_dense=dense, sparsity=sparsity, bounds=bounds)
     if fp8_cache:
-        return partial(Fp8Context, plan=plan_passes)
+        return dense
     return partial(ReferenceContext, plan=plan_invariant_passes if batch_invariant else plan_passes)

@@ -14,7 +14,7 @@ import torch
 
 from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes, from_fp8, to_fp8
 from longshore_server.native.attention.layout import BatchLayout, Span
-from longshore_server.native.attention.reference import AttentionPass, Planner
+from longshore_server.native.attention.reference import AttentionPass, Planner, run_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,30 @@ class Fp8Context:
         window: int | None,
     ) -> torch.Tensor:
         """Writes the rows' keys and values, then attends; shapes as in AttentionContext."""
+        self.write(layer_index, key, value)
+        return self.attend_written(layer_index, query, key, value, scale, window)
+
+    def write(self, layer_index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts the rows' keys and values into their places in the cache, rounded."""
         cache, scales = self.cache, self.cache.scales[layer_index]
         self._write(cache.keys[layer_index], key, scales.key)
         self._write(cache.values[layer_index], value, scales.value)
+
+    def attend_written(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attends the layout's rows; whatever rows it lacks have no meaning in the output."""
+        cache, scales = self.cache, self.cache.scales[layer_index]
         key_pages = self._read(cache.keys[layer_index], scales.key, key.dtype)
         value_pages = self._read(cache.values[layer_index], scales.value, value.dtype)
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        for one in self._passes_of(window, key_pages):
-            rows = one.rows
-            output[rows] = one.attend(query[rows], key[rows], value[rows], key_pages, value_pages, scale)
-        return output
+        passes = self._passes_of(window, key_pages)
+        return run_passes(passes, query, key, value, key_pages, value_pages, scale)
 
     def _write(self, pages: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
         as_bytes(pages).flatten(0, 1).index_copy_(0, self._slots, as_bytes(to_fp8(rows, scale)))

@@ -44,6 +44,7 @@ class SampledRows:
     rows: torch.Tensor  # [sampled] int64
     table_rows: torch.Tensor  # [sampled] int64
     context_lens: torch.Tensor  # [sampled] int64
+    prompt_lens: torch.Tensor  # [sampled] int64
 
 
 class FusedContext(AttentionContext):

@@ -11,14 +11,18 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache, as_bytes
 
 
 class PageBounds:
-    """`lowest[layer]` and `highest[layer]` are [blocks, num_kv_heads, key_dim] for each layer in `layers`."""
+    """`lowest[layer]` and `highest[layer]` are [blocks, num_kv_heads, key_dim] for each layer in `layers`.
+
+    They are of the numbers as they are stored: an FP8 cache's scales are positive, and come in with scores.
+    """
 
     def __init__(self, cache: PagedKVCache, layers: Collection[int]) -> None:
-        self._cache = cache
+        self.cache = cache
+        self._is_fp8 = cache.dtype.itemsize == 1
         self.lowest: dict[int, torch.Tensor] = {}
         self.highest: dict[int, torch.Tensor] = {}
         dtype = _bounds_dtype(cache.dtype)
@@ -31,8 +35,8 @@ class PageBounds:
         """Takes in the keys of `blocks` [n] as they stand in the cache now."""
         if layer not in self.lowest:
             return
-        lowest = self.lowest[layer]
-        keys = self._cache.keys[layer].index_select(0, blocks).to(lowest.dtype)
+        lowest, pages = self.lowest[layer], self.cache.keys[layer]
+        keys = as_bytes(pages).index_select(0, blocks).view(pages.dtype).to(lowest.dtype)
         lowest.index_copy_(0, blocks, keys.amin(1))
         self.highest[layer].index_copy_(0, blocks, keys.amax(1))
 
@@ -49,14 +53,16 @@ class PageBounds:
         lowest, highest = self.lowest[layer], self.highest[layer]
         num_rows, _, key_dim = query.shape
         num_kv_heads = lowest.shape[1]
-        grouped = query.view(num_rows, num_kv_heads, -1, key_dim).to(lowest.dtype)
+        grouped = query.view(num_rows, num_kv_heads, -1, key_dim)
         low, high = (
             bounds.index_select(0, tables.flatten())
             .view(num_rows, -1, num_kv_heads, key_dim)
             .permute(0, 2, 3, 1)
+            .to(query.dtype)
             for bounds in (lowest, highest)
         )
-        return (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low).float()
+        scores = (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low).float()
+        return scores * self.cache.scales[layer].key[:, None, None] if self._is_fp8 else scores
 
 
 def bounds_bytes(geometries: Sequence[LayerGeometry], layers: Collection[int], dtype: torch.dtype) -> int:

@@ -64,22 +64,46 @@ class ReferenceContext:
     ) -> torch.Tensor:
         """Writes the rows' keys and values, then attends; shapes as in AttentionContext."""
         self.write(layer_index, key, value)
-        key_pages, value_pages = self.cache.keys[layer_index], self.cache.values[layer_index]
-        if window not in self._passes:
-            self._passes[window] = self._plan(self.layout, window, self.cache)
-        passes = self._passes[window]
-        if len(passes) == 1:
-            return passes[0].attend(query, key, value, key_pages, value_pages, scale)
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        for one in passes:
-            rows = one.rows
-            output[rows] = one.attend(query[rows], key[rows], value[rows], key_pages, value_pages, scale)
-        return output
+        return self.attend_written(layer_index, query, key, value, scale, window)
 
     def write(self, layer_index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts the rows' keys and values into their places in the cache."""
         self.cache.keys[layer_index].flatten(0, 1).index_copy_(0, self.slots, key)
         self.cache.values[layer_index].flatten(0, 1).index_copy_(0, self.slots, value)
+
+    def attend_written(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attends the layout's rows; whatever rows it lacks have no meaning in the output."""
+        if window not in self._passes:
+            self._passes[window] = self._plan(self.layout, window, self.cache)
+        pages = self.cache.keys[layer_index], self.cache.values[layer_index]
+        return run_passes(self._passes[window], query, key, value, *pages, scale)
+
+
+def run_passes(
+    passes: list[AttentionPass],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[tokens, num_heads, value_dim], with the rows of the passes filled."""
+    if len(passes) == 1 and passes[0].rows == slice(0, len(query)):
+        return passes[0].attend(query, key, value, key_pages, value_pages, scale)
+    output = query.new_empty(*query.shape[:2], value.shape[2])
+    for one in passes:
+        rows = one.rows
+        output[rows] = one.attend(query[rows], key[rows], value[rows], key_pages, value_pages, scale)
+    return output
 
 
 def plan_passes(layout: BatchLayout, window: int | None, cache: PagedKVCache) -> list[AttentionPass]:

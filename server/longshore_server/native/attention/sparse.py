@@ -6,22 +6,21 @@ as it reads any other; keys carry their positions already, so leaving pages out 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from longshore_server.native.attention.kv_cache import PagedKVCache
+from longshore_server.native.attention.fp8_reference import Fp8Context
+from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes
 from longshore_server.native.attention.layout import BatchLayout, Span
 from longshore_server.native.attention.page_bounds import PageBounds
-from longshore_server.native.attention.reference import (
-    GROUP_KEY_BYTES,
-    AttentionPass,
-    Planner,
-    ReferenceContext,
-)
+from longshore_server.native.attention.reference import GROUP_KEY_BYTES, ReferenceContext
 from longshore_server.native.attention.sparsity import Sparsity
+
+MakeDense = Callable[[PagedKVCache, BatchLayout], ReferenceContext | Fp8Context]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +33,21 @@ class SparseRows:
 
 
 class SparseContext:
-    """An attention context for one step; `dense` writes keys and values, and attends what stays dense."""
+    """An attention context for one step in torch, whose decodes may be sparse."""
 
     def __init__(
         self,
         cache: PagedKVCache,
         layout: BatchLayout,
         *,
-        plan: Planner,
+        make_dense: MakeDense,
         sparsity: Sparsity,
         bounds: PageBounds,
     ) -> None:
-        self._dense = ReferenceContext(cache, layout, plan)
         self._cache, self._sparsity, self._bounds = cache, sparsity, bounds
-        dense_layout, self._sparse = split_layout(layout, sparsity.dense_below_tokens, cache)
-        self._passes: list[AttentionPass] = plan(dense_layout, None, cache)
+        self._dense = make_dense(cache, layout)
+        beside, self._sparse = split_layout(layout, sparsity.dense_below_tokens, cache)
+        self._beside_sparse = make_dense(cache, beside) if beside.num_rows else None
         self._touched = torch.tensor(touched_blocks(layout), device=cache.device)
         self._fixed_picks = self._pick_fixed()
 
@@ -69,11 +68,10 @@ class SparseContext:
             return self._dense.attend(layer_index, query, key, value, scale, window)
         self._dense.write(layer_index, key, value)
         self._bounds.update(layer_index, self._touched)
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        pages = self._cache.keys[layer_index], self._cache.values[layer_index]
-        for one in self._passes:
-            rows = one.rows
-            output[rows] = one.attend(query[rows], key[rows], value[rows], *pages, scale)
+        if self._beside_sparse is None:
+            output = query.new_empty(*query.shape[:2], value.shape[2])
+        else:
+            output = self._beside_sparse.attend_written(layer_index, query, key, value, scale, None)
         if self._sparse is not None:
             output[self._sparse.rows] = self._attend_sparse(layer_index, query, self._sparse, scale)
         return output
@@ -81,15 +79,12 @@ class SparseContext:
     def _attend_sparse(
         self, layer: int, query: torch.Tensor, sparse: SparseRows, scale: float
     ) -> torch.Tensor:
-        rows = query[sparse.rows]
+        rows, page_tokens = query[sparse.rows], self._cache.block_size
         picks = self._fixed_picks
         if picks is None:
-            picks = pick_pages(
-                layer, rows, sparse, self._sparsity, self._bounds, self._cache.block_size, scale
-            )
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        slots, lens = slot_tables(picks, sparse, self._cache.block_size, keys.shape[2])
-        return attend_slots(rows, keys, values, slots, lens, scale)
+            picks = pick_pages(layer, rows, sparse, self._sparsity, self._bounds, page_tokens, scale)
+        slots, lens = slot_tables(picks, sparse, page_tokens, self._cache.keys[layer].shape[2])
+        return attend_slots(rows, self._cache, layer, slots, lens, scale)
 
     def _pick_fixed(self) -> torch.Tensor | None:
         """Sink and window do not depend on the query: picked once for all layers."""
@@ -109,29 +104,26 @@ def split_layout(
 ) -> tuple[BatchLayout, SparseRows | None]:
     """The rows that attend densely as a layout, and the others: generated tokens with a long context.
 
-    A generated token is sparse when its sequence is computed anew, too: what it sees is a matter of its
-    position, not of the step that computes it.
+    Prefills must be dense; generated tokens that are computed again come as decodes, too.
     """
-    dense = BatchLayout([], [], layout.block_size)
-    sparse: list[tuple[int, int, Span]] = []
-    for span in (*layout.decodes, *layout.prefills):
-        start = span.context_len - span.num_rows
-        num_dense = min(span.num_rows, max(0, max(span.num_prompt_tokens, dense_below_tokens) - start))
-        if num_dense:
-            is_plain = span.num_rows == 1 and not sparse and not dense.prefills
-            cut = Span(span.first_row, num_dense, start + num_dense, span.block_table, span.num_prompt_tokens)
-            (dense.decodes if is_plain else dense.prefills).append(cut)
-        sparse += [(span.first_row + row, start + row + 1, span) for row in range(num_dense, span.num_rows)]
-    return dense, _sparse_rows(sparse, cache) if sparse else None
+    beside = BatchLayout([], [], layout.block_size)
+    sparse: list[Span] = []
+    for span in layout.decodes:
+        if span.context_len > max(span.num_prompt_tokens, dense_below_tokens):
+            sparse.append(span)
+        else:  # decodes are consecutive rows; one behind a sparse row is computed as a chunk is
+            (beside.prefills if sparse else beside.decodes).append(span)
+    beside.prefills.extend(layout.prefills)
+    return beside, _sparse_rows(sparse, cache) if sparse else None
 
 
-def _sparse_rows(found: list[tuple[int, int, Span]], cache: PagedKVCache) -> SparseRows:
-    num_pages = max(-(-context_len // cache.block_size) for _, context_len, _ in found)
-    tables = [list(span.block_table[:num_pages]) for _, _, span in found]
+def _sparse_rows(spans: list[Span], cache: PagedKVCache) -> SparseRows:
+    num_pages = max(-(-span.context_len // cache.block_size) for span in spans)
+    tables = [list(span.block_table[:num_pages]) for span in spans]
     padded = [table + [cache.padding_block] * (num_pages - len(table)) for table in tables]
     return SparseRows(
-        torch.tensor([row for row, _, _ in found], device=cache.device),
-        torch.tensor([context_len for _, context_len, _ in found], device=cache.device),
+        torch.tensor([span.first_row for span in spans], device=cache.device),
+        torch.tensor([span.context_len for span in spans], device=cache.device),
         torch.tensor(padded, device=cache.device),
     )
 
@@ -229,17 +221,16 @@ def slot_tables(
 
 def attend_slots(
     query: torch.Tensor,  # [rows, num_heads, key_dim]
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
+    cache: PagedKVCache,
+    layer: int,
     slots: torch.Tensor,  # [rows * num_kv_heads, tokens]
     lens: torch.Tensor,  # [rows]
     scale: float,
 ) -> torch.Tensor:
-    """Dense attention over the slots: the paged kernel on a GPU, else as many rows at a time as stay in a
-    core's cache."""
+    """Dense attention over the slots, as many rows at a time as stay in a core's cache."""
+    key_pages, value_pages = cache.keys[layer], cache.values[layer]
+    scales = cache.scales[layer]
     num_rows, _, key_dim = query.shape
-    if query.is_cuda:
-        return _attend_slots_by_kernel(query, key_pages, value_pages, slots, lens, scale)
     num_kv_heads = key_pages.shape[2]
     tables = slots.view(num_rows, num_kv_heads, -1)
     grouped = query.reshape(num_rows, num_kv_heads, -1, key_dim)
@@ -248,44 +239,18 @@ def attend_slots(
     outputs = []
     for first in range(0, num_rows, step):
         rows = slice(first, first + step)
-        keys, values = (_gather(pages, tables[rows]) for pages in (key_pages, value_pages))
+        keys = _gather(key_pages, tables[rows], scales.key, query.dtype)
+        values = _gather(value_pages, tables[rows], scales.value, query.dtype)
         mask = (columns < lens[rows, None])[:, None, None, :]
         outputs.append(scaled_dot_product_attention(grouped[rows], keys, values, attn_mask=mask, scale=scale))
     return torch.cat(outputs).reshape(num_rows, query.shape[1], value_pages.shape[3])
 
 
-def _attend_slots_by_kernel(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    slots: torch.Tensor,
-    lens: torch.Tensor,
-    scale: float,
+def _gather(
+    pages: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Each row and KV head is a sequence of its own to the kernel, with pages of one key."""
-    from longshore_server.native.attention.kv_cache import KVScales  # triton is on GPUs only
-    from longshore_server.native.attention.triton_decode import decode_attention
-
-    num_kv_heads = key_pages.shape[2]
-    ones = torch.ones(1, dtype=torch.float32, device=query.device)
-    grouped = query.reshape(-1, query.shape[1] // num_kv_heads, query.shape[2])
-    output = query.new_empty(*grouped.shape[:2], value_pages.shape[3])
-    decode_attention(
-        grouped,
-        key_pages.view(-1, 1, 1, key_pages.shape[3]),
-        value_pages.view(-1, 1, 1, value_pages.shape[3]),
-        slots.to(torch.int32),
-        torch.arange(len(grouped), device=query.device),
-        lens.repeat_interleave(num_kv_heads, output_size=len(grouped)),
-        KVScales(ones, ones),
-        scale,
-        None,
-        output,
-    )
-    return output.view(len(query), query.shape[1], -1)
-
-
-def _gather(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """[rows, num_kv_heads, tokens, dim] of the single keys that `slots` names."""
+    """[rows, num_kv_heads, tokens, dim] of the single keys that `slots` names; `scale` is of an FP8 cache."""
     dim = pages.shape[3]
-    return pages.view(-1, dim).index_select(0, slots.flatten()).view(*slots.shape, dim)
+    rows = as_bytes(pages).view(-1, dim).index_select(0, slots.flatten()).view(pages.dtype)
+    rows = rows.view(*slots.shape, dim)
+    return (rows.float() * scale[:, None, None]).to(dtype) if pages.dtype.itemsize == 1 else rows

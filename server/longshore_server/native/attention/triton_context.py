@@ -22,6 +22,7 @@ from longshore_server.native.attention.triton_extend import (
     extend_attention,
     tile_rows,
 )
+from longshore_server.native.attention.triton_pages import PagePicker
 from longshore_server.native.attention.triton_write import write_kv
 
 # From this many rows on, a prompt with no cached prefix goes to torch's attention kernels, which are faster.
@@ -36,14 +37,22 @@ INVARIANT_TILE_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows that are each the last of a sequence: where its table stands, its tokens, those of its prompt."""
+
+    table_rows: torch.Tensor  # [rows] int64
+    context_lens: torch.Tensor  # [rows] int64; 0 for none
+    prompt_lens: torch.Tensor  # [rows] int64
+
+
+@dataclass(frozen=True, slots=True)
 class StepTables:
     """A step's rows over the cache: `num_decodes` single rows first, then the rows of prefill chunks."""
 
     slots: torch.Tensor  # [rows] int64: place of each row's token, negative for none
     block_tables: torch.Tensor  # [table rows, blocks] int32
     num_decodes: int
-    decode_table_rows: torch.Tensor  # [num_decodes] int64
-    decode_context_lens: torch.Tensor  # [num_decodes] int64
+    decodes: DecodeRows
     spans: ExtendSpans | None = None  # the prefill chunks
     fresh: tuple[slice, ...] = ()  # rows of long prompts that are whole here, so they need no pages
     spans_beside_fresh: ExtendSpans | None = None
@@ -56,9 +65,11 @@ class TritonContext(FusedContext):
 
     most_tile_rows: ClassVar[int] = MAX_TILE_ROWS  # by which ExtendSpans are cut, see cache_tile_rows
 
-    def __init__(self, cache: PagedKVCache, tables: StepTables) -> None:
+    def __init__(self, cache: PagedKVCache, tables: StepTables, picker: PagePicker | None = None) -> None:
+        """With a `picker` decodes are sparse."""
         self.cache = cache
         self.tables = tables
+        self._picker = picker
 
     def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
         """Nothing to check: the probe has seen this model's arguments."""
@@ -95,28 +106,44 @@ class TritonContext(FusedContext):
         self, layer_index: int, query: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """As decodes: each is the last row of its sequence, so its whole context stands in pages by now."""
-        rows = self.tables.sampled
-        assert rows is not None
+        sampled = self.tables.sampled
+        assert sampled is not None
+        self._note_written(layer_index)
         output = query.new_empty(*query.shape[:2], self.cache.values[layer_index].shape[3])
-        self._decode(layer_index, query, rows.table_rows, rows.context_lens, scale, window, output)
+        rows = DecodeRows(sampled.table_rows, sampled.context_lens, sampled.prompt_lens)
+        self._decode(layer_index, query, rows, scale, window, output)
         return output
+
+    def _note_written(self, layer_index: int) -> None:
+        if self._picker is not None:
+            self._picker.note_written(layer_index, self.tables.slots)
 
     def _decode(
         self,
         layer_index: int,
         query: torch.Tensor,
-        table_rows: torch.Tensor,
-        context_lens: torch.Tensor,
+        rows: DecodeRows,
         scale: float,
         window: int | None,
         output: torch.Tensor,
     ) -> None:
-        pages, scales, arrivals = (
-            self._pages(layer_index),
+        picked = None
+        if self._picker is not None:
+            places = rows.table_rows, rows.context_lens, rows.prompt_lens
+            tables = self.tables.block_tables
+            picked = self._picker.pick(layer_index, query, tables, *places, scale, window)
+        decode_attention(
+            query,
+            *self._pages(layer_index),
+            rows.table_rows,
+            rows.context_lens,
             self.cache.scales[layer_index],
+            scale,
+            window,
+            output,
             self.tables.arrivals,
+            picked,
         )
-        decode_attention(query, *pages, table_rows, context_lens, scales, scale, window, output, arrivals)
 
     def _extend(
         self,
@@ -145,13 +172,13 @@ class TritonContext(FusedContext):
     ) -> torch.Tensor:
         """Attends rows whose keys and values a fused kernel has put into `tables.slots` already."""
         cache, tables = self.cache, self.tables
+        self._note_written(layer_index)
         fresh = tables.fresh if window is None else ()
         if len(fresh) == 1 and fresh[0] == slice(0, query.shape[0]):
             return fresh_attention(query, key, value, scale)
         output = query.new_empty(*query.shape[:2], cache.values[layer_index].shape[3])
         if num := tables.num_decodes:
-            rows, lens = tables.decode_table_rows, tables.decode_context_lens
-            self._decode(layer_index, query[:num], rows, lens, scale, window, output[:num])
+            self._decode(layer_index, query[:num], tables.decodes, scale, window, output[:num])
         spans = tables.spans_beside_fresh if fresh else tables.spans
         if spans is not None:
             self._extend(layer_index, query, spans, scale, window, output)
@@ -168,9 +195,9 @@ class InvariantContext(TritonContext):
 
     most_tile_rows: ClassVar[int] = INVARIANT_TILE_ROWS
 
-    def __init__(self, cache: PagedKVCache, tables: StepTables) -> None:
+    def __init__(self, cache: PagedKVCache, tables: StepTables, picker: PagePicker | None = None) -> None:
         super().__init__(cache, tables)
-        assert not tables.fresh
+        assert not tables.fresh and picker is None
         num_sampled = 0 if tables.sampled is None else len(tables.sampled.rows)
         self._places = torch.arange(max(tables.num_decodes, num_sampled), device=cache.device)
         self._ones, self._zeros = torch.ones_like(self._places), torch.zeros_like(self._places)
@@ -179,15 +206,14 @@ class InvariantContext(TritonContext):
         self,
         layer_index: int,
         query: torch.Tensor,
-        table_rows: torch.Tensor,
-        context_lens: torch.Tensor,
+        rows: DecodeRows,
         scale: float,
         window: int | None,
         output: torch.Tensor,
     ) -> None:
-        num_rows = len(table_rows)
+        num_rows = len(rows.table_rows)
         places, ones, zeros = (each[:num_rows] for each in (self._places, self._ones, self._zeros))
-        spans = ExtendSpans(places, ones, context_lens, table_rows, places, zeros)
+        spans = ExtendSpans(places, ones, rows.context_lens, rows.table_rows, places, zeros)
         self._extend(layer_index, query, spans, scale, window, output)
 
 
@@ -252,7 +278,10 @@ def cache_tile_rows(cache: PagedKVCache, dtype: torch.dtype, most: int = MAX_TIL
 
 
 def make_context(
-    cache: PagedKVCache, layout: BatchLayout, make: type[TritonContext] = TritonContext
+    cache: PagedKVCache,
+    layout: BatchLayout,
+    make: type[TritonContext] = TritonContext,
+    picker: PagePicker | None = None,
 ) -> TritonContext:
     """A context from a plain layout, with block tables of its own: for tests and for steps one by one."""
     spans = [*layout.decodes, *layout.prefills]
@@ -274,10 +303,14 @@ def make_context(
             slots=tensor(layout.slots()),
             block_tables=block_tables,
             num_decodes=num_decodes,
-            decode_table_rows=tensor(list(range(num_decodes))),
-            decode_context_lens=tensor([span.context_len for span in layout.decodes]),
+            decodes=DecodeRows(
+                tensor(list(range(num_decodes))),
+                tensor([span.context_len for span in layout.decodes]),
+                tensor([span.num_prompt_tokens for span in layout.decodes]),
+            ),
             spans=_extend_spans(layout.prefills, num_decodes, tile, tensor) if layout.prefills else None,
         ),
+        picker,
     )
 
 

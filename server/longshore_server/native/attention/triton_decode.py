@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from longshore_server.native.attention.kv_cache import KVScales
+from longshore_server.native.attention.triton_pages import PickedPages
 from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wait_for_previous
 
 LOG2_E = 1.4426950408889634
@@ -37,9 +38,12 @@ def _decode_kernel(
     partial_output,
     partial_lse,
     arrivals,
+    picked_tables,
+    picked_lens,
     scale,
     window,
     table_stride,
+    picked_stride,
     query_stride_row,
     query_stride_head,
     BLOCK_SIZE: tl.constexpr,
@@ -54,6 +58,7 @@ def _decode_kernel(
     NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_PICKED: tl.constexpr,
     IS_FP8: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -64,6 +69,11 @@ def _decode_kernel(
     wait_for_previous(PDL)
     context = tl.load(context_lens + row).to(tl.int32)
     table = tables + tl.load(table_rows + row).to(tl.int64) * table_stride
+    if HAS_PICKED:
+        picked_len = tl.load(picked_lens + row).to(tl.int32)
+        if picked_len > 0:
+            context = picked_len
+            table = picked_tables + (row * NUM_KV_HEADS + kv_head).to(tl.int64) * picked_stride
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(context - window, 0)
@@ -164,9 +174,13 @@ def decode_attention(
     scale: float,
     window: int | None,
     output: torch.Tensor,  # [rows, num_heads, value_dim], contiguous
-    arrivals: torch.Tensor | None = None,  # [at least rows * num_kv_heads] int32, zeros before and after
+    arrivals: torch.Tensor | None = None,  # [rows * num_kv_heads or more] int32, zeros before and after
+    picked: PickedPages | None = None,
 ) -> None:
-    """Attends the last token of each context to the tokens that its table names; fills `output`."""
+    """Attends the last token of each context to the tokens that its table names; fills `output`.
+
+    A row with picked pages sees those in the place of its context, each KV head its own.
+    """
     num_rows, num_heads, key_dim = query.shape
     _, block_size, num_kv_heads, value_dim = value_pages.shape
     num_splits = split_count(num_rows, num_kv_heads)
@@ -176,7 +190,7 @@ def decode_attention(
         shape = (num_rows, num_heads, num_splits)
         parts = torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device)
         lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    if arrivals is None:
+    if arrivals is None or len(arrivals) < num_rows * num_kv_heads:
         arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=query.device)
     pdl = has_dependent_launch(query.device)
     is_wide = max(key_dim, value_dim) > 128 or query.dtype == torch.float32
@@ -194,9 +208,12 @@ def decode_attention(
         parts,
         lse,
         arrivals,
+        tables if picked is None else picked.tables,
+        context_lens if picked is None else picked.lens,
         scale * LOG2_E,
         window or 0,
         tables.stride(0),
+        0 if picked is None else picked.tables.stride(1),
         rows.stride(0),
         rows.stride(1),
         BLOCK_SIZE=block_size,
@@ -210,6 +227,7 @@ def decode_attention(
         BLOCK_TOKENS=32 if is_wide else 64,
         NUM_SPLITS=num_splits,
         HAS_WINDOW=window is not None,
+        HAS_PICKED=picked is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         MIN_TILES=MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,

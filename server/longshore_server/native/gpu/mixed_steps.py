@@ -16,7 +16,6 @@ import numpy as np
 
 from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.gpu.step_inputs import (
-    context_len,
     noise_keys,
     slots,
     temperature_bits,
@@ -58,10 +57,11 @@ class MixedShape:
         spans = MAX_SPANS + 1  # the last one is empty: free tiles belong to it
         sizes = {
             **dict.fromkeys(("tokens", "positions", "token_seats", "slots"), self.num_rows),
-            **dict.fromkeys(("decode_seats", "decode_lens"), self.num_decodes),
+            **dict.fromkeys(("decode_seats", "decode_lens", "decode_prompt_lens"), self.num_decodes),
             **dict.fromkeys(("first_rows", "span_rows", "span_lens", "span_seats"), spans),
             **dict.fromkeys(("tile_spans", "tile_offsets"), self.num_tiles),
-            **dict.fromkeys(("kept_rows", "kept_seats", "kept_lens", "sample_seats"), self.num_kept),
+            **dict.fromkeys(("kept_rows", "kept_seats", "kept_lens", "kept_prompt_lens"), self.num_kept),
+            "sample_seats": self.num_kept,
             "temperatures": self.num_kept,
             "keys": 2 * self.num_kept,
         }
@@ -108,7 +108,7 @@ def pack(
     num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
     firsts = [*range(num_decodes)]
     firsts += accumulate((c.num_tokens for c in chunks[num_decodes:-1]), initial=shape.num_decodes)
-    lens = [context_len(chunk) for chunk in chunks]
+    lens = [chunk.context_len for chunk in chunks]
     for first, chunk, seat, end in zip(firsts, chunks, seats, lens, strict=False):
         rows = slice(first, first + chunk.num_tokens)
         of["tokens"][rows] = token_ids(chunk)
@@ -117,6 +117,7 @@ def pack(
         of["slots"][rows] = slots(chunk, block_size)
     of["decode_seats"][:num_decodes] = seats[:num_decodes]
     of["decode_lens"][:num_decodes] = lens[:num_decodes]
+    of["decode_prompt_lens"][:num_decodes] = [c.sequence.num_prompt_tokens for c in chunks[:num_decodes]]
     _pack_spans(
         of, shape, chunks[num_decodes:], firsts[num_decodes:], lens[num_decodes:], seats[num_decodes:]
     )
@@ -154,6 +155,7 @@ def _pack_kept(
     of["kept_rows"][places] = [first + c.num_tokens - 1 for first, c in zip(firsts, chunks, strict=False)]
     of["kept_seats"][places] = seats
     of["kept_lens"][places] = lens
+    of["kept_prompt_lens"][places] = [chunk.sequence.num_prompt_tokens for chunk in chunks]
     sampling = [index for index, chunk in enumerate(chunks) if chunk.samples]
     if sampling:
         rows = [places[index] for index in sampling]

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD, SampledRows
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import cut_tiles
+from longshore_server.native.attention.page_bounds import PageBounds
+from longshore_server.native.attention.sparsity import Sparsity
 from longshore_server.native.attention.triton_context import (
     MIN_FLASH_ROWS,
+    DecodeRows,
     StepTables,
     cache_tile_rows,
     context_type,
     may_flash,
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
+from longshore_server.native.attention.triton_pages import page_picker
 from longshore_server.native.gpu.graphs import CAPTURING, CaptureThread, StepGraphs, bucket_of
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
@@ -37,7 +41,6 @@ from longshore_server.native.gpu.mixed_steps import (
 from longshore_server.native.gpu.seats import Seats, TableUpdates
 from longshore_server.native.gpu.step_inputs import (
     Packer,
-    context_len,
     noise_keys,
     slots,
     temperature_bits,
@@ -50,6 +53,7 @@ from longshore_server.native.gpu.triton_sampling import (
 )
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageFeatures, model_inputs, shows_image
+from longshore_server.native.pieces import cut_sparse_rows
 from longshore_server.native.sampler import NOT_FINITE, SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
@@ -77,8 +81,10 @@ class GpuRunner:
         *,
         on_ranks: bool = False,
         batch_invariant: bool = False,
+        sparsity: Sparsity | None = None,
+        bounds: PageBounds | None = None,
     ) -> None:
-        """`on_ranks`: steps hold exchanges with other ranks."""
+        """`on_ranks`: steps hold exchanges with other ranks. `bounds` come with `sparsity`."""
         self.model = model
         self.cache = cache
         self._features = features
@@ -88,6 +94,7 @@ class GpuRunner:
         self._seats = Seats(max_num_seqs, -(-max_model_len // cache.block_size), cache.device)
         self._batch_invariant = batch_invariant
         self._make_context = context_type(batch_invariant)
+        self._sparsity, self._picker = sparsity, page_picker(sparsity, bounds)
         self._may_flash = may_flash(cache, model.dtype) and not batch_invariant
         self._tile_rows = cache_tile_rows(cache, model.dtype, self._make_context.most_tile_rows)
         # a fused decoder keeps the sampled rows itself, from its last layer's attention on, and no state
@@ -127,10 +134,10 @@ class GpuRunner:
     @torch.inference_mode()
     def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], Results]:
         """Starts a step; the callable waits for its results, in the chunks' order."""
-        order = sorted(range(len(chunks)), key=lambda index: chunks[index].num_tokens > 1)
-        ordered = [chunks[index] for index in order]
+        pieces = cut_sparse_rows(chunks, self._sparsity)
+        pieces.sort(key=lambda each: each[1].num_tokens > 1)
         try:
-            sampled = self._run(ordered)
+            sampled = self._run([piece for _, piece in pieces])
         except Exception:
             self._seats.rewrite_all()
             raise
@@ -138,8 +145,8 @@ class GpuRunner:
         def read() -> Results:
             results: Results = [None] * len(chunks)
             tokens = iter(sampled())
-            for index, chunk in zip(order, ordered, strict=True):
-                if chunk.samples:
+            for index, piece in pieces:
+                if piece.samples:
                     results[index] = next(tokens)
             return results
 
@@ -171,13 +178,13 @@ class GpuRunner:
     # --- decode steps ---
 
     def _pack_decode(self, chunks: list[Chunk], seats: list[int], bucket: int) -> torch.Tensor:
-        """[8 * bucket] in the order that _decode_forward reads; padding rows have no slot and no context."""
+        """[9 * bucket] in the order that _decode_forward reads; padding rows have no slot and no context."""
         size = self.cache.block_size
         num_rows = len(chunks)
         sequences = [chunk.sequence for chunk in chunks]
-        lens = np.array([context_len(chunk) for chunk in chunks])
-        tables = [s.block_table[s.num_computed_tokens // size] for s in sequences]
-        host = torch.zeros(8, bucket, dtype=torch.int64, pin_memory=self._is_cuda)
+        lens = np.array([chunk.context_len for chunk in chunks])
+        tables = [chunk.sequence.block_table[chunk.start // size] for chunk in chunks]
+        host = torch.zeros(9, bucket, dtype=torch.int64, pin_memory=self._is_cuda)
         rows = host.numpy()
         rows[0, :] = self._seats.spare
         rows[0, :num_rows] = seats
@@ -186,20 +193,22 @@ class GpuRunner:
         rows[3, :] = NO_SLOT
         rows[3, :num_rows] = np.array(tables) * size + (lens - 1) % size
         rows[4, :num_rows] = lens
-        rows[5, :num_rows] = temperature_bits(sequences)
-        rows[6:].reshape(-1)[: 2 * num_rows] = noise_keys(sequences)
+        rows[5, :num_rows] = [sequence.num_prompt_tokens for sequence in sequences]
+        rows[6, :num_rows] = temperature_bits(sequences)
+        rows[7:].reshape(-1)[: 2 * num_rows] = noise_keys(sequences)
         return host.view(-1)
 
     def _decode_forward(self, inputs: torch.Tensor, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One token of each row: logits [bucket, vocab], tokens [bucket]. It can be captured."""
-        rows = inputs.view(8, bucket)
-        seats, tokens, positions, row_slots, lens = rows[:5]
+        rows = inputs.view(9, bucket)
+        seats, tokens, positions, row_slots, lens, prompt_lens = rows[:6]
         known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
-        tables = StepTables(row_slots, self._seats.block_tables, bucket, seats, lens, arrivals=self._arrivals)
+        decodes = DecodeRows(seats, lens, prompt_lens)
+        tables = StepTables(row_slots, self._seats.block_tables, bucket, decodes, arrivals=self._arrivals)
         logits = self._logits({"input_ids": known[None]}, positions, 0, tables)
         sampled = torch.empty_like(seats)
-        temperatures = rows[5].view(torch.float64)
-        keys = rows[6:].reshape(bucket, 2)
+        temperatures = rows[6].view(torch.float64)
+        keys = rows[7:].reshape(bucket, 2)
         sample_rows(logits, temperatures, keys, seats, self._seats.last_tokens, sampled)
         return logits, sampled
 
@@ -224,10 +233,9 @@ class GpuRunner:
             of["slots"],
             self._seats.block_tables,
             shape.num_decodes,
-            of["decode_seats"],
-            of["decode_lens"],
+            DecodeRows(of["decode_seats"], of["decode_lens"], of["decode_prompt_lens"]),
             ExtendSpans(*(of[name] for name in spans)),
-            sampled=SampledRows(of["kept_rows"], of["kept_seats"], of["kept_lens"]),
+            sampled=SampledRows(of["kept_rows"], of["kept_seats"], of["kept_lens"], of["kept_prompt_lens"]),
             arrivals=self._arrivals,
         )
         known = torch.where(of["tokens"] >= 0, of["tokens"], self._seats.last_tokens[of["token_seats"]])
@@ -248,16 +256,18 @@ class GpuRunner:
         packer.add("tokens", np.concatenate([token_ids(chunk) for chunk in chunks]))
         packer.add(
             "positions",
-            np.concatenate([np.arange(context_len(c) - c.num_tokens, context_len(c)) for c in chunks]),
+            np.concatenate([np.arange(c.start, c.context_len) for c in chunks]),
         )
         packer.add("token_seats", np.repeat(seats, [chunk.num_tokens for chunk in chunks]))
         packer.add("slots", np.concatenate([slots(chunk, self.cache.block_size) for chunk in chunks]))
-        packer.add("lens", [context_len(chunk) for chunk in chunks])
+        packer.add("lens", [chunk.context_len for chunk in chunks])
         packer.add("seats", seats)
+        packer.add("prompt_lens", [chunk.sequence.num_prompt_tokens for chunk in chunks])
         kept = samples or [0]  # a model gives one row of logits at least
         packer.add("kept_rows", [last_rows[index] for index in kept])
         packer.add("kept_seats", [seats[index] for index in kept])
-        packer.add("kept_lens", [context_len(chunks[index]) for index in kept])
+        packer.add("kept_lens", [chunks[index].context_len for index in kept])
+        packer.add("kept_prompt_lens", [chunks[index].sequence.num_prompt_tokens for index in kept])
         packer.add("sample_seats", [seats[index] for index in samples])
         packer.add("temperatures", temperature_bits(sequences))
         packer.add("keys", noise_keys(sequences))
@@ -267,16 +277,16 @@ class GpuRunner:
         def of(name: str) -> torch.Tensor:
             return packer.field(inputs, name)
 
+        kept_rows = ("kept_rows", "kept_seats", "kept_lens", "kept_prompt_lens")
         tables = StepTables(
             of("slots"),
             self._seats.block_tables,
             num_decodes,
-            of("seats")[:num_decodes],
-            of("lens")[:num_decodes],
+            DecodeRows(*(of(name)[:num_decodes] for name in ("seats", "lens", "prompt_lens"))),
             _spans(of, "all") if num_decodes < len(chunks) else None,
             tuple(slice(last_rows[i] + 1 - chunks[i].num_tokens, last_rows[i] + 1) for i in fresh),
             _spans(of, "paged") if fresh and len(fresh) < len(chunks) - num_decodes else None,
-            SampledRows(of("kept_rows"), of("kept_seats"), of("kept_lens")) if self._keeps_rows else None,
+            SampledRows(*(of(name) for name in kept_rows)) if self._keeps_rows else None,
             self._arrivals,
         )
         known = torch.where(of("tokens") >= 0, of("tokens"), self._seats.last_tokens[of("token_seats")])
@@ -307,7 +317,7 @@ class GpuRunner:
             columns = (
                 [last_rows[index] + 1 - chunks[index].num_tokens for index in group],
                 num_rows,
-                [context_len(chunks[index]) for index in group],
+                [chunks[index].context_len for index in group],
                 [seats[index] for index in group],
                 tile_spans,
                 tile_offsets,
@@ -317,8 +327,7 @@ class GpuRunner:
         return fresh
 
     def _is_fresh(self, chunk: Chunk) -> bool:
-        is_whole = chunk.sequence.num_computed_tokens == 0
-        return self._may_flash and is_whole and chunk.num_tokens >= MIN_FLASH_ROWS
+        return self._may_flash and chunk.start == 0 and chunk.num_tokens >= MIN_FLASH_ROWS
 
     # --- both ---
 
@@ -334,7 +343,7 @@ class GpuRunner:
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=rows,
-            **{CONTEXT_KEYWORD: self._make_context(self.cache, tables)},
+            **{CONTEXT_KEYWORD: self._make_context(self.cache, tables, self._picker)},
         )
         return output.logits[0]  # type: ignore[no-any-return]
 

@@ -44,18 +44,13 @@ class Packer:
 def token_ids(chunk: Chunk) -> SequenceOf[int]:
     """The chunk's tokens; a token that is still in flight is ON_GPU."""
     sequence = chunk.sequence
-    start = sequence.num_computed_tokens
-    known = sequence.token_ids[start : start + chunk.num_tokens]
+    known = sequence.token_ids[chunk.start : chunk.context_len]
     return known if len(known) == chunk.num_tokens else [*known, ON_GPU]
-
-
-def context_len(chunk: Chunk) -> int:
-    return chunk.sequence.num_computed_tokens + chunk.num_tokens
 
 
 def slots(chunk: Chunk, block_size: int) -> np.ndarray:
     """The places of the chunk's tokens in the cache."""
-    start = chunk.sequence.num_computed_tokens
+    start = chunk.start
     table = chunk.sequence.block_table
     if chunk.num_tokens == 1:
         return np.array([table[start // block_size] * block_size + start % block_size])

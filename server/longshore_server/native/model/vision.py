@@ -90,11 +90,10 @@ class ImageFeatures:
 
     def shown(self, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor]]:
         """From which row of the chunk on images stand, and their features there: [rows, hidden]."""
-        computed = chunk.sequence.num_computed_tokens
         for placed in images_of(chunk):
-            start, stop = max(placed.start, computed), min(placed.stop, computed + chunk.num_tokens)
+            start, stop = max(placed.start, chunk.start), min(placed.stop, chunk.context_len)
             features = self._of(chunk.sequence.tenant, placed.image)
-            yield start - computed, features[start - placed.start : stop - placed.start]
+            yield start - chunk.start, features[start - placed.start : stop - placed.start]
 
     def _of(self, tenant: str, image: ImageInput) -> torch.Tensor:
         key = (tenant, image.digest)
@@ -111,8 +110,7 @@ class ImageFeatures:
 
 def images_of(chunk: Chunk) -> SequenceOf[PlacedImage]:
     """The images of which a chunk computes tokens."""
-    start = chunk.sequence.num_computed_tokens
-    return [each for each in chunk.sequence.images if each.overlaps(start, start + chunk.num_tokens)]
+    return [each for each in chunk.sequence.images if each.overlaps(chunk.start, chunk.context_len)]
 
 
 def shows_image(chunk: Chunk) -> bool:

@@ -57,7 +57,8 @@ class StepTeller:
 
     def _introduce(self, sequence: Sequence) -> list[Any]:
         self._told[sequence] = told = _Told(next(self._numbers))
-        return [told.number, {name: getattr(sequence.params, name) for name in DRAW_FIELDS}]
+        settings = {name: getattr(sequence.params, name) for name in DRAW_FIELDS}
+        return [told.number, sequence.num_prompt_tokens, settings]
 
     def _add(self, numbers: array[int], chunk: Chunk, drawn: Mapping[Sequence, int]) -> None:
         sequence = chunk.sequence
@@ -80,12 +81,14 @@ class MirroredSequence:
         "images",
         "next_offset",
         "num_computed_tokens",
+        "num_prompt_tokens",
         "params",
         "status",
         "token_ids",
     )
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
         self.params = params
         self.status = SequenceStatus.RUNNING
         self.block_table: list[int] = []
@@ -116,8 +119,10 @@ class StepReader:
         num_gone = numbers[0]
         for number in numbers[1 : 1 + num_gone]:
             self._sequences.pop(number).status = SequenceStatus.FINISHED
-        for number, values in json.loads(head) if head else ():
-            self._sequences[number] = MirroredSequence(SamplingParams(**values))
+        for number, num_prompt_tokens, values in json.loads(head) if head else ():
+            if not isinstance(num_prompt_tokens, int):
+                raise ValueError("a sequence's prompt has no length")
+            self._sequences[number] = MirroredSequence(num_prompt_tokens, SamplingParams(**values))
         chunks: list[Chunk] = []
         place = 2 + num_gone
         for _ in range(numbers[1 + num_gone]):
