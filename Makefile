@@ -1,5 +1,5 @@
 # Every target does its own set-up; the first one on a machine takes some minutes to install.
-.PHONY: gpu help setup demo test clients aarch64 check format fuzz clean
+.PHONY: gpu help setup demo test clients aarch64 interpreted check format fuzz clean
 .DEFAULT_GOAL := help
 
 help:    ## list the targets
@@ -30,6 +30,9 @@ format: setup  ## format the tree, make safe fixes
 
 fuzz: setup  ## property tests of the wire with many more examples
 	@scripts/fuzz
+
+interpreted: setup  ## the GPU's kernels on a CPU, in Triton's interpreter
+	@scripts/interpreted
 
 gpu:     ## tests of the GPU path, with the system's python3 and torch
 	@scripts/gpu

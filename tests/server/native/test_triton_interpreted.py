@@ -1,0 +1,242 @@
+"""The GPU's kernels and its runner in Triton's interpreter: `make interpreted`.
+
+Every number is float32. What a GPU alone shows, the order of threads, captured steps, tensor cores and speed,
+stands in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from longshore.seeds import row_keys
+from longshore_server.native import SamplingParams
+from longshore_server.native.attention.kv_cache import KVScales, KVTarget, LayerGeometry, PagedKVCache
+from longshore_server.native.attention.layout import BatchLayout, Span
+from longshore_server.native.attention.reference import ReferenceContext, plan_passes
+from longshore_server.native.attention.sparsity import Sparsity, parse_sparsity
+from longshore_server.native.model import fused_ops
+from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.sampler import sample
+from longshore_server.native.sequence import Sequence
+from sparse_batch import Rows, SparseBatch
+
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
+]
+
+SIZE = 8
+HEADS = [(4, 2, 16), (3, 1, 20)]
+# (rows, context): decodes first, shortest first
+SHAPE = [(1, 1), (1, 17), (1, 150), (5, 5), (20, 45)]
+ALWAYS: dict[str, Any] = {"dense_layers": frozenset(), "dense_below_tokens": 0}
+
+
+# --- attention ---
+
+
+@pytest.mark.parametrize("form", ["plain", "invariant"])
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention_is_the_references(heads, window, form) -> None:
+    from longshore_server.native.attention.triton_context import context_type, make_context
+
+    num_heads, num_kv_heads, dim = heads
+    torch.manual_seed(2)
+    num_blocks = 4 + sum(-(-context // SIZE) for _, context in SHAPE)
+    geometry = LayerGeometry(num_kv_heads, dim, dim)
+    cache = PagedKVCache([geometry], num_blocks, SIZE, torch.float32, torch.device("cpu"))
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    free = random.Random(2).sample(range(num_blocks), num_blocks)
+    spans, first_row = [], 0
+    for num_rows, context in SHAPE:
+        spans.append(Span(first_row, num_rows, context, [free.pop() for _ in range(-(-context // SIZE))]))
+        first_row += num_rows
+    layout = BatchLayout(spans[:3], spans[3:], SIZE)
+    rows = [torch.randn(first_row, each, dim) for each in (num_heads, num_kv_heads, num_kv_heads)]
+    expected = ReferenceContext(cache, layout, plan_passes).attend(0, *rows, 0.3, window)
+    context = make_context(cache, layout, context_type(form == "invariant"))
+    assert torch.allclose(context.attend(0, *rows, 0.3, window), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        Sparsity(window_tokens=17, sink_tokens=10, **ALWAYS),
+        Sparsity(window_tokens=9, sink_tokens=8, top_pages=4, **ALWAYS),
+        Sparsity(window_tokens=1, sink_tokens=0, top_pages=2, **ALWAYS),
+        Sparsity(9, 8, 2, dense_layers=frozenset(), dense_below_tokens=99),
+    ],
+    ids=["window", "top pages", "top pages alone", "long only"],
+)
+def test_sparse_rows_see_sink_window_and_their_best_pages(sparsity, heads) -> None:
+    from longshore_server.native.attention.triton_context import make_context
+    from longshore_server.native.attention.triton_pages import page_picker
+
+    def make(cache, layout, sparsity, bounds):
+        return make_context(cache, layout, picker=page_picker(sparsity, bounds))
+
+    num_heads, num_kv_heads, dim = heads
+    sequences = [Rows(1, 3, 2), Rows(1, 90, 11), Rows(1, 70, 70), Rows(9, 9, 9), Rows(4, 130, 128)]
+    batch = SparseBatch(sequences, (num_heads, num_kv_heads), dim=dim, page_tokens=SIZE)
+    assert torch.allclose(batch.attend(make, sparsity), batch.expected(sparsity), atol=1e-5)
+
+
+# --- layers ---
+
+
+def _scaled(num_rows: int, num_channels: int) -> ScaledOutput:
+    parts = torch.rand(num_rows) + 0.5, torch.rand(num_channels) + 0.5, torch.randn(num_channels)
+    return ScaledOutput(torch.randn(num_rows, num_channels), *parts)
+
+
+@pytest.mark.parametrize("make", [lambda *shape: ScaledOutput(torch.randn(*shape)), _scaled])
+def test_rows_are_the_references(make) -> None:
+    from longshore_server.native.model import triton_rope, triton_rows
+
+    torch.manual_seed(3)
+    near = partial(torch.allclose, atol=1e-5)
+    for num_rows, width in ((1, 24), (7, 1100)):
+        x, weight = make(num_rows, width), torch.rand(width)
+        residuals = [torch.randn(num_rows, width)]
+        for residual in residuals if x.row_scales is not None else [None, *residuals]:
+            mine = triton_rows.add_rms_norm(x, residual, weight, 1e-5, False)
+            expected = fused_ops.add_rms_norm(x, residual, weight, 1e-5, False)
+            assert all(near(a, b) for a, b in zip(mine, expected, strict=True))
+        wide = make(num_rows, 2 * width)
+        expected = fused_ops.silu_mul(wide, torch.float32, False)
+        assert near(triton_rows.silu_mul(wide, torch.float32, False), expected)
+    num_rows, heads, kv_heads, dim = 11, 6, 2, 16
+    cos, sin = (torch.rand(num_rows, dim // 2).repeat(1, 2) for _ in "cs")
+    slots = torch.randperm(3 * SIZE)[:num_rows]
+    slots[4] = -1
+    ones = KVScales(torch.ones(kv_heads), torch.ones(kv_heads))
+    x = make(num_rows, (heads + 2 * kv_heads) * dim)
+    for norms in (None, (torch.rand(dim), torch.rand(dim), 1e-5)):
+        results, all_pages = [], []
+        for split in (triton_rope.split_qkv, fused_ops.split_qkv):
+            pages = [torch.zeros(3, SIZE, kv_heads, dim) for _ in "kv"]
+            target = KVTarget(*pages, ones, slots)
+            results.append(split(x, cos, sin, heads, kv_heads, norms, target=target, keep_rows=True))
+            all_pages.append(pages)
+        assert all(near(a, b) for a, b in zip(*results, strict=True))
+        assert all(near(a, b) for a, b in zip(*all_pages, strict=True))
+
+
+def test_the_invariant_product_is_a_product() -> None:
+    from longshore_server.native.model import triton_invariant_gemm
+
+    torch.manual_seed(4)
+    rows, weight, bias = torch.randn(5, 72).half(), torch.randn(40, 72).half(), torch.randn(40).half()
+    for each in (None, bias):
+        expected = torch.nn.functional.linear(
+            rows.float(), weight.float(), None if each is None else each.float()
+        )
+        output = triton_invariant_gemm.multiply(rows, weight, each, torch.float16)
+        assert torch.allclose(output.float(), expected, atol=2e-2)
+
+
+# --- tokens ---
+
+
+def _sequence(seed: int, **params: Any) -> Sequence:
+    return Sequence("r", [1, 2], SamplingParams(seed=seed, **params), max_model_len=99)
+
+
+def test_tokens_are_those_of_the_host() -> None:
+    from longshore_server.native.gpu.triton_sampling import (
+        filter_numbers,
+        sample_filtered_rows,
+        sample_rows,
+    )
+
+    torch.manual_seed(5)
+    forms: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"temperature": 0.9, "min_p": 0.2, "top_k": 50},
+    ]
+    sequences = [_sequence(seed, **form) for seed in range(3) for form in forms]
+    logits = torch.randn(len(sequences) + 1, 1000) * 3
+    logits[-1, 7] = float("nan")
+    seats = torch.arange(len(logits))
+    temperatures = torch.tensor([s.params.temperature for s in sequences] + [0.0], dtype=torch.float64)
+    keys = torch.tensor([row_keys(s.params.seed, s.next_offset) for s in sequences] + [(0, 0)])
+    last, sampled = torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits), dtype=torch.int64)
+    sample_rows(logits, temperatures, keys, seats, last, sampled)
+    filtered = [row for row, each in enumerate(sequences) if each.params.is_filtered]
+    numbers = filter_numbers(filtered, filtered, [sequences[row] for row in filtered], pinned=False)
+    sample_filtered_rows(logits, numbers, last, sampled)
+    assert sampled.tolist() == [*(token.token_id for token in sample(logits[:-1], sequences)), -1]
+    assert last[:-1].tolist() == sampled[:-1].tolist()
+
+
+# --- the runner ---
+
+
+@pytest.fixture
+def on_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines on the CPU run a GPU's runner and its kernels, none of them captured."""
+    import longshore_server.native.ranks.start as start
+    from longshore_server.native.attention import triton_decode
+    from longshore_server.native.gpu.runner import GpuRunner
+    from longshore_server.native.model import triton_rope, triton_rows
+
+    build = start.build
+
+    def build_for_gpu(config, links=None):
+        built = build(config, links)
+        plain = built.runner
+        runner = GpuRunner(
+            plain.model,
+            plain.cache,
+            config.max_num_seqs,
+            built.max_model_len,
+            sparsity=parse_sparsity(config.attention_sparsity),
+            bounds=built.page_bounds,
+        )
+        return dataclasses.replace(built, runner=runner)
+
+    monkeypatch.setattr(start, "build", build_for_gpu)
+    monkeypatch.setattr(triton_decode, "NUM_PROGRAMS_WANTED", 12)  # one after the other here
+    monkeypatch.setattr(fused_ops, "add_rms_norm", triton_rows.add_rms_norm)
+    monkeypatch.setattr(fused_ops, "silu_mul", triton_rows.silu_mul)
+    monkeypatch.setattr(fused_ops, "split_qkv", triton_rope.split_qkv)
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    ["dense", "sink=8 window=8 top_pages=2 dense_layers=0 dense_below=16"],
+    ids=["dense", "sparse"],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_answers_are_those_of_the_cpu(family, sparsity, make_engine, greedy, request) -> None:
+    """Preempted, too: there is memory for both prompts, but not for both answers."""
+    chosen = random.Random(3)
+    prompts = [[chosen.randrange(3, 300) for _ in range(length)] for length in (18, 21)]
+    settings: dict[str, Any] = {
+        "fuse_layers": True,
+        "attention_sparsity": sparsity,
+        "enable_prefix_cache": False,
+        "max_model_len": 48,
+        "max_num_batched_tokens": 32,
+        "max_num_seqs": 4,
+    }
+    params = greedy(8, ignore_eos=True)
+    expected = make_engine(family, **settings).generate(prompts, params)
+    request.getfixturevalue("on_gpu_path")
+    engine = make_engine(family, **settings, num_kv_blocks=12)
+    assert engine.generate(prompts, params) == expected
+    assert engine.stats().preemptions > 0
+    engine.check_integrity()
