@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longshore_server.native.attention.interface import DecodeRows
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.sparse import (
@@ -90,8 +91,8 @@ class TritonBench(Bench):
 
         rows, lens = self.rows.rows, self.rows.context_lens
         picker = PagePicker(sparsity, self.bounds)
-        places = self._tables, rows, lens, torch.zeros_like(lens)
-        return self._attend_pages(picker.pick(0, self.query, *places, self.scale, None))
+        decodes = DecodeRows(rows, lens, torch.zeros_like(lens))
+        return self._attend_pages(picker.pick(0, self.query, self._tables, decodes, self.scale, None))
 
     def _attend_pages(self, picked: PickedPages | None) -> torch.Tensor:
         from longshore_server.native.attention.triton_decode import decode_attention

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
+from longshore_server.native.attention.interface import DecodeRows
 from longshore_server.native.attention.sparse import SparseRows, best_pages, slot_tables
 from longshore_server.native.attention.sparsity import Sparsity
 from sparse_batch import SCALE, Rows, SparseBatch
@@ -99,10 +100,10 @@ def test_the_choice_is_that_of_the_scores(num_top, heads, dtype) -> None:
     rows = torch.arange(len(lens), device=DEVICE)
     query = torch.randn(len(lens), num_heads, dim, device=DEVICE).to(dtype)
 
-    of = triton_pages._Rows(tables.int(), rows, context_lens, torch.zeros_like(rows))
+    decodes = DecodeRows(rows, context_lens, torch.zeros_like(rows))
     num_sink, num_window = sparsity.num_sink_pages(PAGE_TOKENS), sparsity.num_window_pages(PAGE_TOKENS)
     scores = triton_pages.score_pages(
-        query, bounds.lowest[0], bounds.highest[0], of, sparsity, PAGE_TOKENS, SCALE, None
+        query, bounds.lowest[0], bounds.highest[0], tables.int(), decodes, sparsity, PAGE_TOKENS, SCALE, None
     )
     wanted = torch.full((len(lens), num_heads, width), float("-inf"), device=DEVICE)
     for row, length in enumerate(lens):
@@ -118,7 +119,7 @@ def test_the_choice_is_that_of_the_scores(num_top, heads, dtype) -> None:
         torch.full((len(lens), num_kv_heads, sparsity.num_pages(PAGE_TOKENS)), -1, device=DEVICE).int(),
         torch.full((len(lens),), -1, device=DEVICE),
     )
-    triton_pages.choose_pages(scores, of, sparsity, PAGE_TOKENS, picked)
+    triton_pages.choose_pages(scores, tables.int(), decodes, sparsity, PAGE_TOKENS, picked)
     sparse = SparseRows(rows, context_lens, tables)
     grouped = wanted.view(len(lens), num_kv_heads, -1, width)
     shares = grouped.log_softmax(-1).logsumexp(2)

@@ -38,13 +38,23 @@ class AttentionContext(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows that are each the last of a sequence: where its table stands, its tokens, those of its prompt."""
+
+    table_rows: torch.Tensor  # [rows] int64
+    context_lens: torch.Tensor  # [rows] int64; 0 for none
+    prompt_lens: torch.Tensor  # [rows] int64
+
+    def __getitem__(self, rows: slice) -> DecodeRows:
+        return DecodeRows(self.table_rows[rows], self.context_lens[rows], self.prompt_lens[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The rows of a step whose logits are wanted: each the last of its sequence."""
+    """The rows of a step whose logits are wanted, by their places in it."""
 
     rows: torch.Tensor  # [sampled] int64
-    table_rows: torch.Tensor  # [sampled] int64
-    context_lens: torch.Tensor  # [sampled] int64
-    prompt_lens: torch.Tensor  # [sampled] int64
+    decodes: DecodeRows
 
 
 class FusedContext(AttentionContext):

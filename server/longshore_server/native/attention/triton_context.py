@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from longshore_server.native.attention.interface import FusedContext, SampledRows
+from longshore_server.native.attention.interface import DecodeRows, FusedContext, SampledRows
 from longshore_server.native.attention.kv_cache import KVTarget, PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span, cut_tiles
 from longshore_server.native.attention.triton_decode import decode_attention
@@ -34,15 +34,6 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MAX_FLASH_DIM = 256
 # Of the one tile that the batch-invariant mode has for chunks and single rows: what 4 warps multiply at once.
 INVARIANT_TILE_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Rows that are each the last of a sequence: where its table stands, its tokens, those of its prompt."""
-
-    table_rows: torch.Tensor  # [rows] int64
-    context_lens: torch.Tensor  # [rows] int64; 0 for none
-    prompt_lens: torch.Tensor  # [rows] int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +101,7 @@ class TritonContext(FusedContext):
         assert sampled is not None
         self._note_written(layer_index)
         output = query.new_empty(*query.shape[:2], self.cache.values[layer_index].shape[3])
-        rows = DecodeRows(sampled.table_rows, sampled.context_lens, sampled.prompt_lens)
-        self._decode(layer_index, query, rows, scale, window, output)
+        self._decode(layer_index, query, sampled.decodes, scale, window, output)
         return output
 
     def _note_written(self, layer_index: int) -> None:
@@ -129,9 +119,8 @@ class TritonContext(FusedContext):
     ) -> None:
         picked = None
         if self._picker is not None:
-            places = rows.table_rows, rows.context_lens, rows.prompt_lens
             tables = self.tables.block_tables
-            picked = self._picker.pick(layer_index, query, tables, *places, scale, window)
+            picked = self._picker.pick(layer_index, query, tables, rows, scale, window)
         decode_attention(
             query,
             *self._pages(layer_index),

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from longshore_server.native.attention.interface import DecodeRows
 from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.sparsity import Sparsity
 
@@ -53,10 +54,8 @@ class PagePicker:
         self,
         layer: int,
         query: torch.Tensor,  # [rows, num_heads, key_dim]
-        block_tables: torch.Tensor,  # [table rows, blocks] int32
-        table_rows: torch.Tensor,  # [rows] int64
-        context_lens: torch.Tensor,  # [rows] int64
-        prompt_lens: torch.Tensor,  # [rows] int64
+        tables: torch.Tensor,  # [table rows, blocks] int32
+        rows: DecodeRows,
         scale: float,
         window: int | None,
     ) -> PickedPages | None:
@@ -65,27 +64,31 @@ class PagePicker:
         if window is not None or layer in sparsity.dense_layers:
             return None
         num_rows, num_kv_heads = len(query), self._bounds.cache.keys[layer].shape[2]
-        width = min(sparsity.num_pages(page_tokens), block_tables.shape[1])
+        width = min(sparsity.num_pages(page_tokens), tables.shape[1])
         picked = PickedPages(
             torch.empty(num_rows, num_kv_heads, width, dtype=torch.int32, device=query.device),
             torch.empty(num_rows, dtype=torch.int64, device=query.device),
         )
-        group = max(1, MAX_SCORE_BYTES // (4 * query.shape[1] * block_tables.shape[1]))
-        for first in range(0, num_rows, group):
-            rows = slice(first, first + group)
-            of = _Rows(block_tables, table_rows[rows], context_lens[rows], prompt_lens[rows])
-            scores = self._scores(layer, query[rows], of, scale) if sparsity.top_pages else None
-            choose_pages(scores, of, sparsity, page_tokens, picked[rows])
+        size = max(1, MAX_SCORE_BYTES // (4 * query.shape[1] * tables.shape[1]))
+        for first in range(0, num_rows, size):
+            group = slice(first, first + size)
+            scores = None
+            if sparsity.top_pages:
+                scores = self._scores(layer, query[group], tables, rows[group], scale)
+            choose_pages(scores, tables, rows[group], sparsity, page_tokens, picked[group])
         return picked
 
-    def _scores(self, layer: int, query: torch.Tensor, of: _Rows, scale: float) -> torch.Tensor:
+    def _scores(
+        self, layer: int, query: torch.Tensor, tables: torch.Tensor, rows: DecodeRows, scale: float
+    ) -> torch.Tensor:
         cache, bounds = self._bounds.cache, self._bounds
         key_scales = cache.scales[layer].key if cache.dtype.itemsize == 1 else None
         return score_pages(
             query,
             bounds.lowest[layer],
             bounds.highest[layer],
-            of,
+            tables,
+            rows,
             self._sparsity,
             cache.block_size,
             scale,
@@ -95,14 +98,6 @@ class PagePicker:
 
 def page_picker(sparsity: Sparsity | None, bounds: PageBounds | None) -> PagePicker | None:
     return None if sparsity is None or bounds is None else PagePicker(sparsity, bounds)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    block_tables: torch.Tensor  # [table rows, blocks] int32
-    table_rows: torch.Tensor  # [rows] int64
-    context_lens: torch.Tensor  # [rows] int64
-    prompt_lens: torch.Tensor  # [rows] int64
 
 
 # --- bounds ---
@@ -227,7 +222,8 @@ def score_pages(
     query: torch.Tensor,  # [rows, num_heads, key_dim]
     lowest: torch.Tensor,  # [blocks, num_kv_heads, key_dim]
     highest: torch.Tensor,
-    of: _Rows,
+    tables: torch.Tensor,  # [table rows, blocks] int32
+    rows: DecodeRows,
     sparsity: Sparsity,
     page_tokens: int,
     scale: float,
@@ -240,25 +236,25 @@ def score_pages(
     num_rows, num_heads, key_dim = query.shape
     num_kv_heads = lowest.shape[1]
     num_sink, num_window = sparsity.num_sink_pages(page_tokens), sparsity.num_window_pages(page_tokens)
-    num_pages = max(1, of.block_tables.shape[1] - num_sink - num_window)
-    rows = query if query.stride(2) == 1 else query.contiguous()
+    num_pages = max(1, tables.shape[1] - num_sink - num_window)
+    query = query if query.stride(2) == 1 else query.contiguous()
     scores = torch.empty(num_rows, num_heads, num_pages, dtype=torch.float32, device=query.device)
     group = num_heads // num_kv_heads
     _scores_kernel[(num_rows, num_kv_heads, triton.cdiv(num_pages, SCORED_PAGES))](
-        rows,
+        query,
         lowest,
         highest,
-        of.block_tables,
-        of.table_rows,
-        of.context_lens,
-        of.prompt_lens,
+        tables,
+        rows.table_rows,
+        rows.context_lens,
+        rows.prompt_lens,
         lowest if key_scales is None else key_scales,
         scores,
         scale,
         sparsity.dense_below_tokens,
-        of.block_tables.stride(0),
-        rows.stride(0),
-        rows.stride(1),
+        tables.stride(0),
+        query.stride(0),
+        query.stride(1),
         scores.stride(1),
         BLOCK_SIZE=page_tokens,
         NUM_KV_HEADS=num_kv_heads,
@@ -358,7 +354,8 @@ def _choose_kernel(
 
 def choose_pages(
     scores: torch.Tensor | None,  # as score_pages() gives them; None without top pages
-    of: _Rows,
+    tables: torch.Tensor,  # [table rows, blocks] int32
+    rows: DecodeRows,
     sparsity: Sparsity,
     page_tokens: int,
     picked: PickedPages,
@@ -374,14 +371,14 @@ def choose_pages(
     block_candidates = triton.next_power_of_2(num_candidates)
     _choose_kernel[(num_rows, num_kv_heads)](
         picked.tables if scores is None else scores,
-        of.block_tables,
-        of.table_rows,
-        of.context_lens,
-        of.prompt_lens,
+        tables,
+        rows.table_rows,
+        rows.context_lens,
+        rows.prompt_lens,
         picked.tables,
         picked.lens,
         sparsity.dense_below_tokens,
-        of.block_tables.stride(0),
+        tables.stride(0),
         0 if scores is None else scores.stride(1),
         picked.tables.stride(1),
         BLOCK_SIZE=page_tokens,

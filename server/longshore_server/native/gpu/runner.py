@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from longshore_server.native.attention.interface import CONTEXT_KEYWORD, SampledRows
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD, DecodeRows, SampledRows
 from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.sparsity import Sparsity
 from longshore_server.native.attention.triton_context import (
     MIN_FLASH_ROWS,
-    DecodeRows,
     StepTables,
     cache_tile_rows,
     context_type,
@@ -235,7 +234,9 @@ class GpuRunner:
             shape.num_decodes,
             DecodeRows(of["decode_seats"], of["decode_lens"], of["decode_prompt_lens"]),
             ExtendSpans(*(of[name] for name in spans)),
-            sampled=SampledRows(of["kept_rows"], of["kept_seats"], of["kept_lens"], of["kept_prompt_lens"]),
+            sampled=SampledRows(
+                of["kept_rows"], DecodeRows(of["kept_seats"], of["kept_lens"], of["kept_prompt_lens"])
+            ),
             arrivals=self._arrivals,
         )
         known = torch.where(of["tokens"] >= 0, of["tokens"], self._seats.last_tokens[of["token_seats"]])
@@ -277,7 +278,7 @@ class GpuRunner:
         def of(name: str) -> torch.Tensor:
             return packer.field(inputs, name)
 
-        kept_rows = ("kept_rows", "kept_seats", "kept_lens", "kept_prompt_lens")
+        kept_decodes = DecodeRows(*(of(f"kept_{name}") for name in ("seats", "lens", "prompt_lens")))
         tables = StepTables(
             of("slots"),
             self._seats.block_tables,
@@ -286,7 +287,7 @@ class GpuRunner:
             _spans(of, "all") if num_decodes < len(chunks) else None,
             tuple(slice(last_rows[i] + 1 - chunks[i].num_tokens, last_rows[i] + 1) for i in fresh),
             _spans(of, "paged") if fresh and len(fresh) < len(chunks) - num_decodes else None,
-            SampledRows(*(of(name) for name in kept_rows)) if self._keeps_rows else None,
+            SampledRows(of("kept_rows"), kept_decodes) if self._keeps_rows else None,
             self._arrivals,
         )
         known = torch.where(of("tokens") >= 0, of("tokens"), self._seats.last_tokens[of("token_seats")])
