@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
+from longshore_server.native.config import KV_CACHE_DTYPES
 from shop.chat import render, system_message
 from shop.data import turns
 from shop.models import MODELS
@@ -68,11 +70,9 @@ def _tells(turn: str, sheet: Sheet, question: Question) -> bool:
     )
 
 
-def accuracy(model: Path, sparsity: str, look_ups: list[LookUp], tokenizer: Tokenizer) -> tuple[float, float]:
+def accuracy(config: EngineConfig, look_ups: list[LookUp], tokenizer: Tokenizer) -> tuple[float, float]:
     """Share of right answers, and CPU seconds."""
-    engine = NativeEngine(
-        EngineConfig(model=str(model), attention_sparsity=sparsity, batch_invariant=False, max_num_seqs=8)
-    )
+    engine = NativeEngine(config)
     prompts = [tokenizer.encode(each.prompt, add_special_tokens=False).ids for each in look_ups]
     start_s = time.process_time()
     answers = engine.generate(prompts, SamplingParams(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0))
@@ -82,11 +82,18 @@ def accuracy(model: Path, sparsity: str, look_ups: list[LookUp], tokenizer: Toke
     return right / len(look_ups), elapsed_s
 
 
+def engine_config(model: Path, sparsity: str, **settings: Any) -> EngineConfig:
+    return EngineConfig(
+        model=str(model), attention_sparsity=sparsity, batch_invariant=False, max_num_seqs=8, **settings
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="shop.long_sheet", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=MODELS / "shop-teacher")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES)
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--shapes", nargs="+", default=["8x0", "8x8", "8x14", "16x0"], help="items x earlier turns"
@@ -101,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.json:
             print(f"{num_items} items, {num_turns} earlier turns, {mean:.0f} tokens")
         for name, sparsity in MODES.items():
-            share, elapsed_s = accuracy(args.model, sparsity, look_ups, tokenizer)
+            config = engine_config(args.model, sparsity, kv_cache_dtype=args.kv_cache_dtype)
+            share, elapsed_s = accuracy(config, look_ups, tokenizer)
             row = {"items": num_items, "turns": num_turns, "tokens": mean, "mode": name, "accuracy": share}
             print(json.dumps(row) if args.json else f"  {name:40}{share:8.1%}{elapsed_s:8.1f} s", flush=True)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 from tokenizers import Tokenizer
 
-from shop.long_sheet import MODES, accuracy, make_look_ups
+from shop.long_sheet import MODES, accuracy, engine_config, make_look_ups
 from shop.models import MODELS
 
 
-def test_top_pages_keep_the_answers_that_a_window_loses() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_top_pages_keep_the_answers_that_a_window_loses(kv_cache_dtype) -> None:
     model = MODELS / "shop-teacher"
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     look_ups = list(make_look_ups(10, num_items=8, num_turns=8, seed=3))
     dense, window, top_pages = (
-        accuracy(model, MODES[name], look_ups, tokenizer)[0]
+        accuracy(engine_config(model, MODES[name], kv_cache_dtype=kv_cache_dtype), look_ups, tokenizer)[0]
         for name in ("dense", "sink + window, 160 tokens", "sink + window + top pages, 160 tokens")
     )
     assert dense >= 9 / 10 and top_pages >= 8 / 10

@@ -230,31 +230,28 @@ def test_vips_pass_the_line(core: Core) -> None:
     """With every slot taken, a VIP that came last starts before the standard one that waits."""
     started: list[str] = []
 
-    def ask(name: str, key: str, **fields: Any) -> None:
-        with core.openai(key) as client:
-            # read to its end, so that the next one starts well after this one was noticed
-            stream = _ask(client, stream=True, max_tokens=150, n=4, extra_body={"ignore_eos": True}, **fields)
-            for number, _ in enumerate(stream):
-                if number == 0:
-                    started.append(name)
+    def ask(name: str, client: openai.OpenAI, **fields: Any) -> None:
+        # read to its end, so that the next one starts well after this one was noticed
+        stream = _ask(client, stream=True, max_tokens=150, n=4, extra_body={"ignore_eos": True}, **fields)
+        for number, _ in enumerate(stream):
+            if number == 0:
+                started.append(name)
 
-    waiting = [
-        threading.Thread(target=ask, args=("standard", core.key)),
-        threading.Thread(target=ask, args=("vip", core.vip_key), kwargs={"service_tier": "priority"}),
-    ]
-    with core.openai() as client:
-        held = [  # they fill all slots and end one after the other
-            _ask(client, stream=True, n=4, max_tokens=max_tokens, extra_body={"ignore_eos": True})
-            for max_tokens in (400, 800)
+    with core.openai() as client, core.openai(core.vip_key) as vip_client:
+        waiting = [
+            threading.Thread(target=ask, args=("standard", client)),
+            threading.Thread(target=ask, args=("vip", vip_client), kwargs={"service_tier": "priority"}),
+        ]
+        held = [  # they fill all slots, for as long as a context lasts
+            _ask(client, stream=True, n=4, max_tokens=900, extra_body={"ignore_eos": True}) for _ in range(2)
         ]
         for number, thread in enumerate(waiting, 1):
             thread.start()
             _until(core, "longshore:admission_waiting", number)
-        for stream in held:
-            for _ in stream:
-                pass
+        held[0].close()
         for thread in waiting:
             thread.join(30)
+        held[1].close()
     assert started == ["vip", "standard"]
 
 
