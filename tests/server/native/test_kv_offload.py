@@ -11,7 +11,8 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from longshore_server.native import SamplingParams
@@ -21,7 +22,7 @@ from longshore_server.native.errors import ConfigError
 from longshore_server.native.offload import file_memory
 from longshore_server.native.offload.file_memory import FileMemory
 from longshore_server.native.offload.kv_offload import KVOffload
-from longshore_server.native.offload.memory import HostMemory, TierFault
+from longshore_server.native.offload.memory import HostMemory, TierFault, pinned_slabs
 from longshore_server.native.offload.spec import TierSpec, parse_kv_swap
 from longshore_server.native.offload.speeds import Speeds
 from longshore_server.native.offload.store import TieredStore
@@ -70,6 +71,25 @@ def test_a_tier_that_cannot_be_had_stops_the_start(tier, tmp_path, make_engine) 
     with pytest.raises(ConfigError, match="kv_swap"):
         make_engine("llama", kv_swap=(tier.format(old=old),), block_size=64)
     assert old.read_text() == "keep me"
+
+
+@given(st.integers(1, 1 << 44), st.integers(1, 1 << 24))
+def test_pinned_memory_takes_what_was_asked_for_and_no_more(num_bytes, unit_bytes) -> None:
+    slabs = pinned_slabs(num_bytes, unit_bytes)
+    taken = sum(1 << (places * unit_bytes - 1).bit_length() for places in slabs)  # as torch rounds it up
+    assert taken <= num_bytes and all(slabs)
+    assert num_bytes < (sum(slabs) + len(slabs) + 2) * unit_bytes
+
+
+def test_pinned_memory_in_pieces_has_a_place_for_each_unit(monkeypatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **kind: empty(*shape, **kind))
+    memory = HostMemory(1000, 48, pinned=True)
+    assert len(memory._slabs) > 2 and memory.num_places > 1000 // 48 - len(memory._slabs) - 2
+    units = [torch.full((48,), place, dtype=torch.uint8) for place in range(memory.num_places)]
+    for place, unit in enumerate(units):
+        memory.write(place, unit)
+    assert all(torch.equal(memory.read(place), unit) for place, unit in enumerate(units))
 
 
 # --- the store ---

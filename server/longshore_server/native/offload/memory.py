@@ -6,6 +6,8 @@ A unit is one KV block over all layers, as bytes.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -48,11 +50,16 @@ class HostMemory:
     reads_can_fail = False
 
     def __init__(self, num_bytes: int, unit_bytes: int, *, pinned: bool) -> None:
-        self.num_places = num_bytes // unit_bytes
+        slabs = pinned_slabs(num_bytes, unit_bytes) if pinned else [num_bytes // unit_bytes]
+        self.num_places = sum(slabs)
         if self.num_places == 0:
-            raise ConfigError(FIELD, f"{num_bytes} bytes are less than one block of {unit_bytes} bytes")
+            raise ConfigError(FIELD, f"{num_bytes} bytes hold no block of {unit_bytes} bytes")
+        self._firsts = list(accumulate(slabs[:-1], initial=0))  # each slab's first place
         try:
-            self._units = torch.empty(self.num_places, unit_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._slabs = [
+                torch.empty(num_places, unit_bytes, dtype=torch.uint8, pin_memory=pinned)
+                for num_places in slabs
+            ]
         except RuntimeError as error:
             raise ConfigError(FIELD, f"{num_bytes} bytes of host memory cannot be had") from error
 
@@ -61,13 +68,29 @@ class HostMemory:
         return True
 
     def write(self, place: int, unit: torch.Tensor) -> None:
-        self._units[place].copy_(unit, non_blocking=True)
+        self.read(place).copy_(unit, non_blocking=True)
 
     def read(self, place: int) -> torch.Tensor:
-        return self._units[place]
+        slab = bisect_right(self._firsts, place) - 1
+        return self._slabs[slab][place - self._firsts[slab]]
 
     def close(self) -> None:
         """Nothing: the memory goes with the object."""
+
+
+def pinned_slabs(num_bytes: int, unit_bytes: int) -> list[int]:
+    """Units of each of a few allocations that take `num_bytes` at most, and all but less than a unit of each.
+
+    torch rounds pinned memory up to a power of two, so 40 GiB in one piece would take 64.
+    """
+    slabs: list[int] = []
+    while num_bytes >= unit_bytes:
+        slab_bytes = 1 << (num_bytes.bit_length() - 1)
+        if slab_bytes < unit_bytes:
+            break
+        slabs.append(slab_bytes // unit_bytes)
+        num_bytes -= slab_bytes
+    return slabs
 
 
 def check_host_has(num_bytes: int) -> None:
