@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
+from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.checks import check_float, check_int
 from longshore_server.native.config import EngineConfig
@@ -97,6 +98,7 @@ class NativeEngine:
         """`on_ranks_lost` is called from another thread when a rank dies; see RankGroup."""
         self.config = config
         self._clock = clock
+        self._sparsity = parse_sparsity(config.attention_sparsity)
         built, self._ranks = build_on_ranks(config, on_ranks_lost)
         self.eos_token_ids = built.eos_token_ids
         self.vocab_size = built.vocab_size
@@ -168,11 +170,15 @@ class NativeEngine:
             deadline_s=deadline_s,
             continue_from=continue_from,
             images=self._place_images(prompt_token_ids, images),
+            sparse_from=self._sparse_from(len(prompt_token_ids)),
         )
         self._scheduler.add(sequence)
         ending = sequence.ending()
         if ending is not None:  # `continue_from` is a whole answer
             self._end(sequence, ending)
+
+    def _sparse_from(self, num_prompt_tokens: int) -> int | None:
+        return None if self._sparsity is None else self._sparsity.first_position(num_prompt_tokens)
 
     def _check_request(
         self,

@@ -18,7 +18,8 @@ def cut_sparse_rows(chunks: SequenceOf[Chunk], sparsity: Sparsity | None) -> lis
     for index, chunk in enumerate(chunks):
         num_dense = chunk.num_tokens
         if sparsity is not None:
-            num_dense = min(num_dense, max(0, first_sparse_position(chunk, sparsity) - chunk.start))
+            first_sparse = sparsity.first_position(chunk.sequence.num_prompt_tokens)
+            num_dense = min(num_dense, max(0, first_sparse - chunk.start))
         if num_dense == chunk.num_tokens or chunk.num_tokens == 1:
             pieces.append((index, chunk))
             continue
@@ -29,7 +30,3 @@ def cut_sparse_rows(chunks: SequenceOf[Chunk], sparsity: Sparsity | None) -> lis
             piece = Chunk(chunk.sequence, 1, samples=chunk.samples and is_last, offset=chunk.offset + row)
             pieces.append((index, piece))
     return pieces
-
-
-def first_sparse_position(chunk: Chunk, sparsity: Sparsity) -> int:
-    return max(chunk.sequence.num_prompt_tokens, sparsity.dense_below_tokens)

@@ -45,6 +45,7 @@ class Sequence:
         "priority",
         "request_id",
         "sampler_state",
+        "sparse_from",
         "status",
         "stop_token_ids",
         "tenant",
@@ -65,11 +66,14 @@ class Sequence:
         deadline_s: float | None = None,
         continue_from: SequenceOf[int] = (),
         images: tuple[PlacedImage, ...] = (),
+        sparse_from: int | None = None,
     ) -> None:
+        """Tokens from the position `sparse_from` on attend sparsely."""
         self.request_id = request_id
         self.token_ids: list[int] = [*prompt_token_ids, *continue_from]
         self.images = images  # in the prompt, by place
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.sparse_from = sparse_from
         self.params = params
         self.tenant = tenant
         self.priority = priority
@@ -138,9 +142,9 @@ class Sequence:
     def digest_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Chained digests of the first `num_blocks` full blocks; the chain starts from the tenant.
 
-        A digest names a block's tokens, the images they stand for and all before them, for one tenant: equal
-        digests mean equal KV. SHA-256 because a client chooses the tokens and must not be able to forge a
-        match.
+        A digest names a block's tokens, the images they stand for, from where on they attend sparsely, and
+        all before them, for one tenant: equal digests mean equal KV. SHA-256 because a client chooses the
+        tokens and must not be able to forge a match.
         """
         digests = self.block_digests
         for index in range(len(digests), num_blocks):
@@ -157,5 +161,9 @@ class Sequence:
         return hashlib.sha256(b"tail" + parent[0] + content).digest()
 
     def _content(self, start: int, stop: int) -> bytes:
-        tokens = array("q", self.token_ids[start:stop]).tobytes()
-        return tokens + content_digest(self.images, start, stop) if self.images else tokens
+        content = array("q", self.token_ids[start:stop]).tobytes()
+        if self.images:
+            content += content_digest(self.images, start, stop)
+        if self.sparse_from is not None and stop > self.sparse_from:
+            content += b"sparse from %d" % self.sparse_from
+        return content

@@ -199,6 +199,35 @@ def test_sparse_answers_do_not_depend_on_company_or_preemption(family, make_engi
     starved.check_integrity()
 
 
+def test_an_answer_that_is_read_as_a_prompt_is_read_densely(make_engine, greedy) -> None:
+    """The cache has the answer's own, sparse KV; a prompt with the same tokens must not be given that."""
+    setting = "sink=4 window=8 top_pages=1 dense_layers=none dense_below=16"
+    prompt, params = _long_prompts(1)[0][:70], greedy(24, ignore_eos=True)
+    engine = make_engine(attention_sparsity=setting)
+    (answer,) = engine.generate([prompt], params)
+    chat = [*prompt, *answer, *_long_prompts(2)[1][:30]]
+    before = engine.stats().prefix_cache_hits
+    (later,) = engine.generate([chat], params)
+    num_found = engine.stats().prefix_cache_hits - before
+    assert 60 <= num_found <= 72  # the prompt's own blocks, and none of the answer's
+    fresh = make_engine(attention_sparsity=setting, enable_prefix_cache=False)
+    assert [later] == fresh.generate([chat], params)
+
+
+def test_an_answer_that_goes_on_finds_its_own_blocks(make_engine, greedy) -> None:
+    setting = "sink=4 window=8 top_pages=1 dense_layers=none dense_below=16"
+    prompt, params = _long_prompts(1)[0][:70], greedy(24, ignore_eos=True)
+    engine = make_engine(attention_sparsity=setting)
+    (answer,) = engine.generate([prompt], params)
+    before = engine.stats().prefix_cache_hits
+    engine.add_request("again", prompt, params, continue_from=answer[:20])
+    tokens = list(answer[:20])
+    while engine.has_unfinished():
+        tokens += [output.token_id for output in engine.step()]
+    assert tokens == answer
+    assert engine.stats().prefix_cache_hits - before >= 84
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -46,7 +46,7 @@ class SparseContext:
     ) -> None:
         self._cache, self._sparsity, self._bounds = cache, sparsity, bounds
         self._dense = make_dense(cache, layout)
-        beside, self._sparse = split_layout(layout, sparsity.dense_below_tokens, cache)
+        beside, self._sparse = split_layout(layout, sparsity, cache)
         self._beside_sparse = make_dense(cache, beside) if beside.num_rows else None
         self._touched = torch.tensor(touched_blocks(layout), device=cache.device)
         self._fixed_picks = self._pick_fixed()
@@ -100,7 +100,7 @@ class SparseContext:
 
 
 def split_layout(
-    layout: BatchLayout, dense_below_tokens: int, cache: PagedKVCache
+    layout: BatchLayout, sparsity: Sparsity, cache: PagedKVCache
 ) -> tuple[BatchLayout, SparseRows | None]:
     """The rows that attend densely as a layout, and the others: generated tokens with a long context.
 
@@ -109,7 +109,7 @@ def split_layout(
     beside = BatchLayout([], [], layout.block_size)
     sparse: list[Span] = []
     for span in layout.decodes:
-        if span.context_len > max(span.num_prompt_tokens, dense_below_tokens):
+        if span.context_len > sparsity.first_position(span.num_prompt_tokens):
             sparse.append(span)
         else:  # decodes are consecutive rows; one behind a sparse row is computed as a chunk is
             (beside.prefills if sparse else beside.decodes).append(span)

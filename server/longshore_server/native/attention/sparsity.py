@@ -33,6 +33,10 @@ class Sparsity:
     dense_layers: frozenset[int] = frozenset({0, 1})
     dense_below_tokens: int = 4096
 
+    def first_position(self, num_prompt_tokens: int) -> int:
+        """From where on the tokens of a sequence are sparse."""
+        return max(num_prompt_tokens, self.dense_below_tokens)
+
     def num_sink_pages(self, page_tokens: int) -> int:
         return -(-self.sink_tokens // page_tokens)
 
