@@ -192,22 +192,22 @@ class GpuRunner:
         rows[3, :] = NO_SLOT
         rows[3, :num_rows] = np.array(tables) * size + (lens - 1) % size
         rows[4, :num_rows] = lens
-        rows[5, :num_rows] = [sequence.num_prompt_tokens for sequence in sequences]
-        rows[6, :num_rows] = temperature_bits(sequences)
-        rows[7:].reshape(-1)[: 2 * num_rows] = noise_keys(sequences)
+        rows[5, :num_rows] = temperature_bits(sequences)
+        rows[6:8].reshape(-1)[: 2 * num_rows] = noise_keys(sequences)
+        rows[8, :num_rows] = [sequence.num_prompt_tokens for sequence in sequences]
         return host.view(-1)
 
     def _decode_forward(self, inputs: torch.Tensor, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One token of each row: logits [bucket, vocab], tokens [bucket]. It can be captured."""
         rows = inputs.view(9, bucket)
-        seats, tokens, positions, row_slots, lens, prompt_lens = rows[:6]
+        seats, tokens, positions, row_slots, lens = rows[:5]
         known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
-        decodes = DecodeRows(seats, lens, prompt_lens)
+        decodes = DecodeRows(seats, lens, rows[8])
         tables = StepTables(row_slots, self._seats.block_tables, bucket, decodes, arrivals=self._arrivals)
         logits = self._logits({"input_ids": known[None]}, positions, 0, tables)
         sampled = torch.empty_like(seats)
-        temperatures = rows[6].view(torch.float64)
-        keys = rows[7:].reshape(bucket, 2)
+        temperatures = rows[5].view(torch.float64)
+        keys = rows[6:8].reshape(bucket, 2)
         sample_rows(logits, temperatures, keys, seats, self._seats.last_tokens, sampled)
         return logits, sampled
 
