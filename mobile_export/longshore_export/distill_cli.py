@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     folder = _train(trainer)
     if trainer.accelerator.is_main_process:
         print(f"the student is in {folder}, its curve in {settings.out / 'curve.svg'}")
-    trainer.accelerator.end_training()  # threads of a process group that is left open can abort the exit
+    trainer.close()
     return 0
 
 

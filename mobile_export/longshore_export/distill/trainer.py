@@ -113,6 +113,15 @@ class Trainer:
             self._batches.close()
         return self._finish()
 
+    def close(self) -> None:
+        """Ends the process group, where there is one; no step can follow.
+
+        A group that is left open can abort the exit by its threads. The reducer over it goes first: a group's
+        last owner waits for those threads, a reducer with the interpreter's lock held, which they may need.
+        """
+        self._wrapped, self._optimiser = self.accelerator.free_memory(self._wrapped, self._optimiser)
+        self.accelerator.end_training()
+
     def _train_step(self) -> dict[str, Tensor]:
         for group in self._optimiser.param_groups:
             group["lr"] = self.settings.learning_rate * self._rate()
