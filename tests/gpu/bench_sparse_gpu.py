@@ -13,11 +13,11 @@ import json
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from longshore_server.native.attention.interface import DecodeRows
+from longshore_server.native.attention.interface import DecodeRows, PickedPages
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.sparse import (
@@ -28,9 +28,6 @@ from longshore_server.native.attention.sparse import (
     slot_tables,
 )
 from longshore_server.native.attention.sparsity import Sparsity
-
-if TYPE_CHECKING:
-    from longshore_server.native.attention.triton_pages import PickedPages
 
 PAGE, KEY_DIM = 16, 128
 ALWAYS: dict[str, Any] = {"dense_layers": frozenset(), "dense_below_tokens": 0}

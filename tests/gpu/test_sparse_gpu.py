@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longshore_server.native import EngineConfig, NativeEngine, SamplingParams
-from longshore_server.native.attention.interface import DecodeRows
+from longshore_server.native.attention.interface import DecodeRows, PickedPages
 from longshore_server.native.attention.sparse import SparseRows, best_pages, slot_tables
 from longshore_server.native.attention.sparsity import Sparsity
 from sparse_batch import SCALE, Rows, SparseBatch
@@ -102,8 +102,9 @@ def test_the_choice_is_that_of_the_scores(num_top, heads, dtype) -> None:
 
     decodes = DecodeRows(rows, context_lens, torch.zeros_like(rows))
     num_sink, num_window = sparsity.num_sink_pages(PAGE_TOKENS), sparsity.num_window_pages(PAGE_TOKENS)
+    pages = bounds.lowest[0], bounds.highest[0], tables.int()
     scores = triton_pages.score_pages(
-        query, bounds.lowest[0], bounds.highest[0], tables.int(), decodes, sparsity, PAGE_TOKENS, SCALE, None
+        query, *pages, decodes, sparsity, PAGE_TOKENS, SCALE, cache.scales[0].key
     )
     wanted = torch.full((len(lens), num_heads, width), float("-inf"), device=DEVICE)
     for row, length in enumerate(lens):
@@ -115,7 +116,7 @@ def test_the_choice_is_that_of_the_scores(num_top, heads, dtype) -> None:
             exact = exact[:, num_sink : num_sink + num_candidates] * SCALE
             assert torch.allclose(of_row, exact, atol=2e-3 if dtype == torch.float32 else 0.1)
 
-    picked = triton_pages.PickedPages(
+    picked = PickedPages(
         torch.full((len(lens), num_kv_heads, sparsity.num_pages(PAGE_TOKENS)), -1, device=DEVICE).int(),
         torch.full((len(lens),), -1, device=DEVICE),
     )

@@ -1,10 +1,15 @@
-"""Cuts a step's chunks where rows that attend sparsely begin: each such row becomes a decode of its own."""
+"""Cuts a step's chunks where rows that attend sparsely begin, and gives tokens back to the chunks.
+
+Each such row becomes a decode of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 from longshore_server.native.attention.sparsity import Sparsity
+from longshore_server.native.sampler import SampledToken
 from longshore_server.native.scheduler import Chunk
 
 
@@ -30,3 +35,14 @@ def cut_sparse_rows(chunks: SequenceOf[Chunk], sparsity: Sparsity | None) -> lis
             piece = Chunk(chunk.sequence, 1, samples=chunk.samples and is_last, offset=chunk.offset + row)
             pieces.append((index, piece))
     return pieces
+
+
+def tokens_of_chunks(
+    pieces: SequenceOf[tuple[int, Chunk]], sampled: Iterable[SampledToken], num_chunks: int
+) -> list[SampledToken | None]:
+    """The tokens of the pieces that sample, in their order, to the chunks'; None where a chunk does not."""
+    tokens: list[SampledToken | None] = [None] * num_chunks
+    samples = [index for index, piece in pieces if piece.samples]
+    for index, token in zip(samples, sampled, strict=True):
+        tokens[index] = token
+    return tokens

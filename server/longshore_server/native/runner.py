@@ -15,7 +15,7 @@ from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
 from longshore_server.native.attention.sparsity import Sparsity
 from longshore_server.native.model.vision import ImageFeatures, model_inputs
-from longshore_server.native.pieces import cut_sparse_rows
+from longshore_server.native.pieces import cut_sparse_rows, tokens_of_chunks
 from longshore_server.native.sampler import SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 
@@ -80,16 +80,9 @@ class ModelRunner:
         """
         pieces = self._ordered_pieces(chunks)
         logits = self._forward([piece for _, piece in pieces])
-        sampled = iter(
-            sample(logits, [piece.sequence for _, piece in pieces if piece.samples])
-            if logits is not None
-            else ()
-        )
-        results: list[SampledToken | None] = [None] * len(chunks)
-        for index, piece in pieces:
-            if piece.samples:
-                results[index] = next(sampled)
-        return results
+        sampling = [piece.sequence for _, piece in pieces if piece.samples]
+        sampled = [] if logits is None else sample(logits, sampling)
+        return tokens_of_chunks(pieces, sampled, len(chunks))
 
     @torch.inference_mode()
     def run_without_sampling(self, chunks: SequenceOf[Chunk]) -> None:

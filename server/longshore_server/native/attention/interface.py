@@ -57,6 +57,17 @@ class SampledRows:
     decodes: DecodeRows
 
 
+@dataclass(frozen=True, slots=True)
+class PickedPages:
+    """The blocks that each row's KV heads see. A row of length 0 sees all that its own table names."""
+
+    tables: torch.Tensor  # [rows, num_kv_heads, blocks] int32
+    lens: torch.Tensor  # [rows] int64, tokens
+
+    def __getitem__(self, rows: slice) -> PickedPages:
+        return PickedPages(self.tables[rows], self.lens[rows])
+
+
 class FusedContext(AttentionContext):
     """A context whose pages a fused layer may write itself, and which can attend the sampled rows alone."""
 

@@ -22,7 +22,6 @@ class PageBounds:
 
     def __init__(self, cache: PagedKVCache, layers: Collection[int]) -> None:
         self.cache = cache
-        self._is_fp8 = cache.dtype.itemsize == 1
         self.lowest: dict[int, torch.Tensor] = {}
         self.highest: dict[int, torch.Tensor] = {}
         dtype = _bounds_dtype(cache.dtype)
@@ -62,7 +61,8 @@ class PageBounds:
             for bounds in (lowest, highest)
         )
         scores = (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low).float()
-        return scores * self.cache.scales[layer].key[:, None, None] if self._is_fp8 else scores
+        is_fp8 = self.cache.dtype.itemsize == 1
+        return scores * self.cache.scales[layer].key[:, None, None] if is_fp8 else scores
 
 
 def bounds_bytes(geometries: Sequence[LayerGeometry], layers: Collection[int], dtype: torch.dtype) -> int:

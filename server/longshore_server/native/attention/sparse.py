@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from longshore_server.native.attention.fp8_reference import Fp8Context
-from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes
+from longshore_server.native.attention.kv_cache import PagedKVCache, as_bytes, from_fp8
 from longshore_server.native.attention.layout import BatchLayout, Span
 from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.reference import GROUP_KEY_BYTES, ReferenceContext
@@ -253,4 +253,4 @@ def _gather(
     dim = pages.shape[3]
     rows = as_bytes(pages).view(-1, dim).index_select(0, slots.flatten()).view(pages.dtype)
     rows = rows.view(*slots.shape, dim)
-    return (rows.float() * scale[:, None, None]).to(dtype) if pages.dtype.itemsize == 1 else rows
+    return from_fp8(rows, scale[:, None], dtype) if pages.dtype.itemsize == 1 else rows

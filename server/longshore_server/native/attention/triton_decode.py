@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from longshore_server.native.attention.interface import PickedPages
 from longshore_server.native.attention.kv_cache import KVScales
-from longshore_server.native.attention.triton_pages import PickedPages
+from longshore_server.native.attention.triton_tiles import dot_precision, tile_side
 from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wait_for_previous
 
 LOG2_E = 1.4426950408889634
-MIN_DOT_ROWS = 16  # a tensor-core tile's least height
 # Enough programs to fill a GPU of this many multiprocessors a few times over.
 NUM_PROGRAMS_WANTED = 4 * 132
 MAX_SPLITS = 64
@@ -219,17 +219,17 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        BLOCK_GROUP=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        BLOCK_GROUP=tile_side(group),
         KEY_DIM=key_dim,
-        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
+        BLOCK_KEY=tile_side(key_dim),
         VALUE_DIM=value_dim,
-        BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_VALUE=tile_side(value_dim),
         BLOCK_TOKENS=32 if is_wide else 64,
         NUM_SPLITS=num_splits,
         HAS_WINDOW=window is not None,
         HAS_PICKED=picked is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(query.dtype),
         MIN_TILES=MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
         PDL=pdl,
         launch_pdl=pdl,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from longshore_server.native.attention.kv_cache import KVScales
+from longshore_server.native.attention.triton_tiles import dot_precision, tile_side
 
 LOG2_E = 1.4426950408889634
 MAX_TILE_ROWS = 128
@@ -168,14 +169,14 @@ def extend_attention(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         KEY_DIM=key_dim,
-        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
+        BLOCK_KEY=tile_side(key_dim),
         VALUE_DIM=value_dim,
-        BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_VALUE=tile_side(value_dim),
         BLOCK_ROWS=block_rows,
         BLOCK_TOKENS=64 if block_rows > 32 else 32,
         HAS_WINDOW=window is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(query.dtype),
         num_warps=8 if block_rows == 128 else 4,
         num_stages=2,
     )

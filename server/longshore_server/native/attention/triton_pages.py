@@ -6,32 +6,19 @@ it, whatever the contexts are. Bounds and scores are Quest's (arXiv 2406.10774).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from longshore_server.native.attention.interface import DecodeRows
+from longshore_server.native.attention.interface import DecodeRows, PickedPages
 from longshore_server.native.attention.page_bounds import PageBounds
 from longshore_server.native.attention.sparsity import Sparsity
+from longshore_server.native.attention.triton_tiles import dot_precision, tile_side
 
-MIN_DOT_ROWS = 16  # a tensor-core tile's least height
 SCORED_PAGES = 64  # of one program
 MAX_SCORE_BYTES = 64 << 20  # rows are chosen for in groups whose scores take so much
 # Below any score, and finite, since it is subtracted from itself.
 LOWEST = tl.constexpr(-1e30)
-
-
-@dataclass(frozen=True, slots=True)
-class PickedPages:
-    """The blocks that each row's KV heads see. A row of length 0 sees all that its own table names."""
-
-    tables: torch.Tensor  # [rows, num_kv_heads, blocks] int32
-    lens: torch.Tensor  # [rows] int64, tokens
-
-    def __getitem__(self, rows: slice) -> PickedPages:
-        return PickedPages(self.tables[rows], self.lens[rows])
 
 
 class PagePicker:
@@ -82,7 +69,6 @@ class PagePicker:
         self, layer: int, query: torch.Tensor, tables: torch.Tensor, rows: DecodeRows, scale: float
     ) -> torch.Tensor:
         cache, bounds = self._bounds.cache, self._bounds
-        key_scales = cache.scales[layer].key if cache.dtype.itemsize == 1 else None
         return score_pages(
             query,
             bounds.lowest[layer],
@@ -92,7 +78,7 @@ class PagePicker:
             self._sparsity,
             cache.block_size,
             scale,
-            key_scales,
+            cache.scales[layer].key,
         )
 
 
@@ -158,6 +144,12 @@ def bound_full_pages(
 
 
 @triton.jit
+def _sees_all(context, prompt_lens, row, dense_below):
+    """Whether the row's token is before Sparsity.first_position()."""
+    return context <= tl.maximum(tl.load(prompt_lens + row), dense_below)
+
+
+@triton.jit
 def _scores_kernel(
     query,
     lowest,
@@ -183,13 +175,12 @@ def _scores_kernel(
     BLOCK_PAGES: tl.constexpr,
     NUM_SINK: tl.constexpr,
     NUM_WINDOW: tl.constexpr,
-    HAS_KEY_SCALES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     context = tl.load(context_lens + row)
-    if context <= tl.maximum(tl.load(prompt_lens + row), dense_below):
+    if _sees_all(context, prompt_lens, row, dense_below):
         return
     num_candidates = tl.cdiv(context, BLOCK_SIZE).to(tl.int32) - NUM_WINDOW - NUM_SINK
     candidates = tl.program_id(2) * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
@@ -210,9 +201,8 @@ def _scores_kernel(
     low = tl.load(lowest + bound_places, mask=bound_mask, other=0.0).to(q.dtype)
     zero = tl.zeros_like(q)
     best = tl.dot(tl.where(q > zero, q, zero), high, input_precision=PRECISION)
-    best = tl.dot(tl.where(q < zero, q, zero), low, best, input_precision=PRECISION) * scale
-    if HAS_KEY_SCALES:
-        best *= tl.load(key_scales + kv_head)
+    best = tl.dot(tl.where(q < zero, q, zero), low, best, input_precision=PRECISION)
+    best *= scale * tl.load(key_scales + kv_head)
     head_index = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
     places = scores + head_index[:, None] * scores_stride + candidates[None, :]
     tl.store(places, best, mask=(groups[:, None] < GROUP) & is_there[None, :])
@@ -227,7 +217,7 @@ def score_pages(
     sparsity: Sparsity,
     page_tokens: int,
     scale: float,
-    key_scales: torch.Tensor | None,  # [num_kv_heads] float32, of an FP8 cache
+    key_scales: torch.Tensor,  # [num_kv_heads] float32, of the cache
 ) -> torch.Tensor:
     """The most that a key of each page between sink and window can score: [rows, num_heads, pages] float32.
 
@@ -248,7 +238,7 @@ def score_pages(
         rows.table_rows,
         rows.context_lens,
         rows.prompt_lens,
-        lowest if key_scales is None else key_scales,
+        key_scales,
         scores,
         scale,
         sparsity.dense_below_tokens,
@@ -259,14 +249,13 @@ def score_pages(
         BLOCK_SIZE=page_tokens,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        BLOCK_GROUP=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        BLOCK_GROUP=tile_side(group),
         KEY_DIM=key_dim,
-        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
+        BLOCK_KEY=tile_side(key_dim),
         BLOCK_PAGES=SCORED_PAGES,
         NUM_SINK=num_sink,
         NUM_WINDOW=num_window,
-        HAS_KEY_SCALES=key_scales is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(query.dtype),
         num_warps=4,
     )
     return scores
@@ -301,7 +290,7 @@ def _choose_kernel(
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     context = tl.load(context_lens + row)
-    if context <= tl.maximum(tl.load(prompt_lens + row), dense_below):
+    if _sees_all(context, prompt_lens, row, dense_below):
         tl.store(picked_lens + row, 0)
         return
     num_pages = tl.cdiv(context, BLOCK_SIZE).to(tl.int32)

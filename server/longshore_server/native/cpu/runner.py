@@ -70,8 +70,7 @@ class CpuRunner:
         max_context = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            start = sequence.num_computed_tokens
-            end = start + chunk.num_tokens
+            start, end = chunk.start, chunk.context_len
             tokens.extend(sequence.token_ids[start:end])
             if self._features is not None and sequence.images:
                 self._show(self._features, chunk, tokens, shown)

@@ -52,7 +52,7 @@ from longshore_server.native.gpu.triton_sampling import (
 )
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageFeatures, model_inputs, shows_image
-from longshore_server.native.pieces import cut_sparse_rows
+from longshore_server.native.pieces import cut_sparse_rows, tokens_of_chunks
 from longshore_server.native.sampler import NOT_FINITE, SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
@@ -141,15 +141,7 @@ class GpuRunner:
             self._seats.rewrite_all()
             raise
 
-        def read() -> Results:
-            results: Results = [None] * len(chunks)
-            tokens = iter(sampled())
-            for index, piece in pieces:
-                if piece.samples:
-                    results[index] = next(tokens)
-            return results
-
-        return read
+        return lambda: tokens_of_chunks(pieces, sampled(), len(chunks))
 
     def _run(self, chunks: list[Chunk]) -> Callable[[], list[SampledToken]]:
         updates = TableUpdates()

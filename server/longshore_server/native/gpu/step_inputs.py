@@ -54,7 +54,7 @@ def slots(chunk: Chunk, block_size: int) -> np.ndarray:
     table = chunk.sequence.block_table
     if chunk.num_tokens == 1:
         return np.array([table[start // block_size] * block_size + start % block_size])
-    positions = np.arange(start, start + chunk.num_tokens)
+    positions = np.arange(start, chunk.context_len)
     first = start // block_size
     blocks = np.array(table[first : (positions[-1] // block_size) + 1], dtype=np.int64)
     return blocks[positions // block_size - first] * block_size + positions % block_size

@@ -83,14 +83,8 @@ def pinned_slabs(num_bytes: int, unit_bytes: int) -> list[int]:
 
     torch rounds pinned memory up to a power of two, so 40 GiB in one piece would take 64.
     """
-    slabs: list[int] = []
-    while num_bytes >= unit_bytes:
-        slab_bytes = 1 << (num_bytes.bit_length() - 1)
-        if slab_bytes < unit_bytes:
-            break
-        slabs.append(slab_bytes // unit_bytes)
-        num_bytes -= slab_bytes
-    return slabs
+    powers = (1 << bit for bit in reversed(range(num_bytes.bit_length())))
+    return [size // unit_bytes for size in powers if num_bytes & size and size >= unit_bytes]
 
 
 def check_host_has(num_bytes: int) -> None:

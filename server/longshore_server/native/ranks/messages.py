@@ -67,10 +67,10 @@ def step_payload(chunks: Sequence[Chunk]) -> bytes:
     """For each chunk five counts (see `read_step`), then its tokens, then the sequence's block table."""
     numbers = array(_INT, [len(chunks)])
     for chunk in chunks:
-        sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
+        sequence, start = chunk.sequence, chunk.start
         table = sequence.block_table
         numbers.extend((sequence.num_prompt_tokens, start, chunk.num_tokens, chunk.samples, len(table)))
-        numbers.extend(sequence.token_ids[start : start + chunk.num_tokens])
+        numbers.extend(sequence.token_ids[start : chunk.context_len])
         numbers.extend(table)
     return numbers.tobytes()
 

@@ -62,11 +62,11 @@ class StepTeller:
 
     def _add(self, numbers: array[int], chunk: Chunk, drawn: Mapping[Sequence, int]) -> None:
         sequence = chunk.sequence
-        told, table, start = self._told[sequence], sequence.block_table, sequence.num_computed_tokens
+        told, table, start = self._told[sequence], sequence.block_table, chunk.start
         is_new = told.table is not table
         blocks = table if is_new else table[told.num_blocks :]
         told.table, told.num_blocks = table, len(table)
-        tokens = sequence.token_ids[start : start + chunk.num_tokens]
+        tokens = sequence.token_ids[start : chunk.context_len]
         if len(tokens) < chunk.num_tokens:
             tokens = [*tokens, drawn.get(sequence, ON_GPU)]
         numbers.extend((told.number, start, chunk.num_tokens, chunk.samples, sequence.next_offset))
