@@ -170,7 +170,8 @@ def measure_encoder(
     """(pixels, milliseconds) at the smallest of `sizes` and at a larger one, after a run that does not count.
 
     The larger one is the largest that, by its pixels, takes two and a half budgets at most, and at least the
-    next: attention makes time grow faster than pixels, so a line drawn too short would promise too much.
+    next: attention makes time grow faster than pixels, so a line drawn too short would promise too much. It
+    never takes less than the smallest: a disturbed measurement that says so would favour large pictures.
     """
     by_size = sorted(sizes, key=lambda size: size[0] * size[1])
     small = by_size[0]
@@ -180,7 +181,7 @@ def measure_encoder(
     most_s = MOST_OF_BUDGET * budget_s
     affordable = [size for size in by_size if size[0] * size[1] / pixels * small_s <= most_s]
     large = max(affordable[-1:] + by_size[1:2] or [small], key=lambda size: size[0] * size[1])
-    large_s = small_s if large == small else _median_s(run, large, 0.0)
+    large_s = small_s if large == small else max(small_s, _median_s(run, large, 0.0))
     return pixels, small_s * 1e3, large[0] * large[1], large_s * 1e3
 
 

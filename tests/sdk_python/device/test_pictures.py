@@ -322,6 +322,16 @@ def test_calibration_takes_the_two_sizes_that_the_budget_has() -> None:
     assert measure_encoder(run, [(16, 16)], 0.01)[2] == 256
 
 
+def test_a_disturbed_measurement_does_not_make_larger_pictures_cheaper() -> None:
+    def run(width: int, height: int) -> None:
+        end_s = time.perf_counter() + (2e-3 if width == 16 else 0.0)
+        while time.perf_counter() < end_s:
+            pass
+
+    _, small_ms, large_pixels, large_ms = measure_encoder(run, [(16, 16), (64, 64)], 0.02)
+    assert large_pixels == 64 * 64 and large_ms == small_ms
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
