@@ -21,7 +21,8 @@ from statistics import median
 import torch
 from torch.nn.functional import silu
 
-from longshore_server.native.model.fp8 import FP8_DTYPE, FP8_MAX, Fp8Rows, multiply, quantize_rows
+from longshore_server.native.gemm.multiply import multiply_by_torch
+from longshore_server.native.model.fp8 import FP8_DTYPE, FP8_MAX, Fp8Rows, ScaledOutput, quantize_rows
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, NUM_LAYERS = 8192, 28672, 64, 8, 128, 80
 PROMPT_ROWS, SAMPLE_ROWS = 4096, 16
@@ -85,11 +86,13 @@ class Layer:
         return (draw.norm_weight(rows.shape[1], str(rows.device)) * normed).bfloat16()
 
     def product(self, name: str) -> torch.Tensor:
-        return multiply(self.inputs[name], self.weights[name], None, torch.bfloat16).resolve(torch.bfloat16)
+        rows, weight = self.inputs[name], self.weights[name]
+        values = multiply_by_torch(rows.values, weight.values, None, torch.bfloat16)
+        return ScaledOutput(values, rows.scales, weight.scales).resolve(torch.bfloat16)
 
     def run(self) -> None:
         for name, rows in self.inputs.items():
-            multiply(rows, self.weights[name], None, torch.bfloat16)
+            multiply_by_torch(rows.values, self.weights[name].values, None, torch.bfloat16)
 
     @property
     def num_flops(self) -> int:

@@ -39,7 +39,7 @@ def _factors(num_outputs: int, width: int, dtype: torch.dtype) -> tuple[torch.Te
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 def test_products_are_near_float32(sides, dtype) -> None:
-    from longshore_server.native.model.triton_invariant_gemm import multiply
+    from longshore_server.native.gemm.triton_invariant import multiply
 
     rows, weight, bias = _factors(*sides, dtype)
     expected = rows.double() @ weight.double().t()
@@ -54,7 +54,7 @@ def test_products_are_near_float32(sides, dtype) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 def test_a_row_of_a_product_is_the_same_among_any_others(sides, dtype) -> None:
-    from longshore_server.native.model.triton_invariant_gemm import multiply
+    from longshore_server.native.gemm.triton_invariant import multiply
 
     rows, weight, bias = _factors(*sides, dtype)
     whole = multiply(rows, weight, bias, torch.bfloat16)

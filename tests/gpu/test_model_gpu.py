@@ -21,6 +21,7 @@ import torch
 from longshore_server.native.attention.interface import CONTEXT_KEYWORD
 from longshore_server.native.attention.kv_cache import KVScales, KVTarget
 from longshore_server.native.config import EngineConfig
+from longshore_server.native.gemm.multiply import multiply_by_torch
 from longshore_server.native.model import fp8, fused_ops
 from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
 from longshore_server.native.model.load import load_model
@@ -113,7 +114,7 @@ def test_silu_mul_equals_its_reference() -> None:
 
 
 def test_one_row_times_a_matrix() -> None:
-    from longshore_server.native.model import triton_gemv
+    from longshore_server.native.gemm import triton_gemv
 
     for num_outputs, width in ((6144, 4096), (4096, 14336), (28672, 4096)):
         weight = torch.randn(num_outputs, width, device=DEVICE).bfloat16()
@@ -180,7 +181,8 @@ def test_fp8_product_equals_the_dequantized_product() -> None:
             weight = fp8.quantize_rows(torch.randn(num_out, num_in, device=DEVICE) * 0.02)
             for num_rows in (1, 7, 32, 515):
                 rows = fp8.quantize_rows(torch.randn(num_rows, num_in, device=DEVICE))
-                output = fp8.multiply(rows, weight, None, torch.bfloat16).resolve(torch.bfloat16)
+                values = multiply_by_torch(rows.values, weight.values, None, torch.bfloat16)
+                output = ScaledOutput(values, rows.scales, weight.scales).resolve(torch.bfloat16)
                 exact = rows.dequantize().double() @ weight.dequantize().double().t()
                 assert _error(output, exact) < 1e-2
     torch.cuda.empty_cache()

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen3Conf
 from longshore_server.native import EngineConfig
 from longshore_server.native.attention import interface
 from longshore_server.native.errors import ConfigError
+from longshore_server.native.gemm.multiply import multiply_invariant
 from longshore_server.native.model.build import LayerFinisher
 from longshore_server.native.model.materialize import build_on_meta
-from longshore_server.native.model.products import Fp8Product, InvariantLinear, PlainProduct
+from longshore_server.native.model.products import Fp8Product, GemmLinear, PlainProduct
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -82,8 +83,8 @@ def test_every_product_of_the_model_is_invariant(make, quantization) -> None:
         finisher.finish_layer(index)
     finisher.finish_model()
     products = [each for each in model.modules() if isinstance(each, PlainProduct | Fp8Product)]
-    assert len(products) == 2 * 4 and all(each.batch_invariant for each in products)
-    assert isinstance(model.lm_head, InvariantLinear)
+    assert len(products) == 2 * 4 and all(each.gemm is multiply_invariant for each in products)
+    assert isinstance(model.lm_head, GemmLinear) and model.lm_head.gemm is multiply_invariant
     assert not any(isinstance(each, nn.Linear) for each in model.modules())
 
 

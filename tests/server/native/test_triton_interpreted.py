@@ -133,7 +133,7 @@ def test_rows_are_the_references(make) -> None:
 
 
 def test_the_invariant_product_is_a_product() -> None:
-    from longshore_server.native.model import triton_invariant_gemm
+    from longshore_server.native.gemm import triton_invariant
 
     torch.manual_seed(4)
     rows, weight, bias = torch.randn(5, 72).half(), torch.randn(40, 72).half(), torch.randn(40).half()
@@ -141,7 +141,7 @@ def test_the_invariant_product_is_a_product() -> None:
         expected = torch.nn.functional.linear(
             rows.float(), weight.float(), None if each is None else each.float()
         )
-        output = triton_invariant_gemm.multiply(rows, weight, each, torch.float16)
+        output = triton_invariant.multiply(rows, weight, each, torch.float16)
         assert torch.allclose(output.float(), expected, atol=2e-2)
 
 

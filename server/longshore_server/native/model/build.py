@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError
+from longshore_server.native.gemm.multiply import gemm_for, multiply_by_torch
+from longshore_server.native.gemm.plans import Product
 from longshore_server.native.model import fuse, products
 from longshore_server.native.model.file_weights import FileWeights, has_own_names
 from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
@@ -39,14 +41,15 @@ class LayerFinisher:
         self._model = language_model(model)
         self._fuses = config.fuses_layers and fuse.can_fuse(self._model)
         self._layers = decoder_layers(model)
-        self._batch_invariant = config.has_invariant_kernels
-        if self._batch_invariant:
+        if config.has_invariant_kernels:
             _check_invariant(model, self._fuses)
+        self._gemm = gemm_for(config) if self._fuses else multiply_by_torch
+        self._is_whole = config.num_ranks == 1  # ranks share the head out, and meet behind it
 
     def finish_layer(self, index: int) -> None:
         """Call it once the layer has its weights."""
         if self._fuses:
-            self._layers[index] = fuse.fuse_layer(self._layers[index], self._to_fp8, self._batch_invariant)
+            self._layers[index] = fuse.fuse_layer(self._layers[index], self._to_fp8, self._gemm)
         elif self._to_fp8:
             products.replace_linears(self._layers[index])
 
@@ -54,8 +57,8 @@ class LayerFinisher:
         """Call it after the last layer."""
         if self._fuses:
             fuse.fuse_decoder(self._model)
-        if self._batch_invariant:
-            products.make_linears_invariant(self._model)
+        if self._gemm is not multiply_by_torch and self._is_whole:
+            products.multiply_linears_by(self._model, self._gemm)
 
 
 def _check_invariant(model: PreTrainedModel, is_fused: bool) -> None:
@@ -69,6 +72,22 @@ def _check_invariant(model: PreTrainedModel, is_fused: bool) -> None:
         reason = "weights in float32"
     if reason is not None:
         raise ConfigError("batch_invariant", f"cannot be had on a GPU with {reason}")
+
+
+def planned_products(hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig) -> list[Product]:
+    """The different products of a model whose layers are fused, by its shapes alone; none where they are not.
+
+    Those with a bias are left out: no table holds them.
+    """
+    model = build_on_meta(hf_config, dtype)
+    finisher = LayerFinisher(model, config)
+    for index in range(len(decoder_layers(model))):
+        finisher.finish_layer(index)
+    finisher.finish_model()
+    kinds = (products.PlainProduct, products.Fp8Product, products.GemmLinear)
+    weights = [each.weight for each in model.modules() if isinstance(each, kinds) and each.bias is None]
+    names = (Product(str(each.dtype).removeprefix("torch."), *each.shape) for each in weights)
+    return list(dict.fromkeys(names))
 
 
 def build_random(hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig) -> PreTrainedModel:

@@ -1,7 +1,7 @@
-"""FP8 (e4m3) numbers: rows with a scale each, and the matrix product over them, on any device.
+"""FP8 (e4m3) numbers: rows with a scale each, and what a product over them gives, on any device.
 
 A product comes out unscaled (`ScaledOutput`); whoever reads it next multiplies by the scales, since scaling
-inside the GEMM is slower at few rows. On a CPU the product is computed in float32 over the same FP8 values.
+inside the GEMM is slower at few rows.
 """
 
 from __future__ import annotations
@@ -54,28 +54,3 @@ def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
     scales = floats.abs().amax(dim=-1).clamp_min(MIN_AMAX) / FP8_MAX
     values = (floats / scales[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
     return Fp8Rows(values, scales)
-
-
-def multiply(rows: Fp8Rows, weight: Fp8Rows, bias: torch.Tensor | None, dtype: torch.dtype) -> ScaledOutput:
-    """`rows` [tokens, in] times `weight` [out, in] transposed; the values are unscaled, in `dtype`.
-
-    On a GPU `dtype` must be bfloat16, whose range holds every unscaled sum.
-    """
-    if rows.values.device.type == "cuda":
-        one = _one(rows.values.device)
-        values = torch._scaled_mm(
-            rows.values, weight.values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True
-        )
-    else:
-        values = (rows.values.float() @ weight.values.float().t()).to(dtype)
-    return ScaledOutput(values, rows.scales, weight.scales, bias)
-
-
-_ones: dict[torch.device, torch.Tensor] = {}
-
-
-def _one(device: torch.device) -> torch.Tensor:
-    """The per-tensor scale 1, made once per device: a graph must not capture its making."""
-    if device not in _ones:
-        _ones[device] = torch.ones((), device=device)
-    return _ones[device]

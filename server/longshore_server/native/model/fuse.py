@@ -20,6 +20,7 @@ from longshore_server.native.attention.interface import (
     FusedContext,
     SampledRows,
 )
+from longshore_server.native.gemm.multiply import Gemm, multiply_by_torch
 from longshore_server.native.model import fused_ops
 from longshore_server.native.model.fp8 import ScaledOutput
 from longshore_server.native.model.products import make_product
@@ -35,7 +36,7 @@ ACTIVATIONS = ("silu", "swish")
 class FusedAttention(nn.Module):
     """Merged qkv product, q/k norm and rotary embedding in one pass, attention, output product."""
 
-    def __init__(self, attention: Any, to_fp8: bool, batch_invariant: bool) -> None:
+    def __init__(self, attention: Any, to_fp8: bool, gemm: Gemm) -> None:
         super().__init__()
         self.layer_index: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
@@ -45,8 +46,8 @@ class FusedAttention(nn.Module):
         self.window = window_of(attention)
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         projections = [getattr(attention, name) for name in PROJECTIONS]
-        self.qkv = make_product(projections, to_fp8, batch_invariant)
-        self.output = make_product([attention.o_proj], to_fp8, batch_invariant)
+        self.qkv = make_product(projections, to_fp8, gemm)
+        self.output = make_product([attention.o_proj], to_fp8, gemm)
 
     def forward(
         self,
@@ -91,11 +92,11 @@ class FusedAttention(nn.Module):
 class FusedMlp(nn.Module):
     """Merged gate and up product, SiLU and multiplication in one pass, down product."""
 
-    def __init__(self, mlp: Any, to_fp8: bool, batch_invariant: bool) -> None:
+    def __init__(self, mlp: Any, to_fp8: bool, gemm: Gemm) -> None:
         super().__init__()
         self.dtype = mlp.gate_proj.weight.dtype
-        self.gate_up = make_product([mlp.gate_proj, mlp.up_proj], to_fp8, batch_invariant)
-        self.down = make_product([mlp.down_proj], to_fp8, batch_invariant)
+        self.gate_up = make_product([mlp.gate_proj, mlp.up_proj], to_fp8, gemm)
+        self.down = make_product([mlp.down_proj], to_fp8, gemm)
 
     def forward(self, rows: Any) -> ScaledOutput:
         return self.down(fused_ops.silu_mul(self.gate_up(rows), self.dtype, self.down.takes_fp8))
@@ -104,12 +105,12 @@ class FusedMlp(nn.Module):
 class FusedLayer(nn.Module):
     """A decoder layer from the product of the layer before to its own."""
 
-    def __init__(self, layer: Any, to_fp8: bool, batch_invariant: bool) -> None:
+    def __init__(self, layer: Any, to_fp8: bool, gemm: Gemm) -> None:
         super().__init__()
         self.input_layernorm = layer.input_layernorm
         self.post_attention_layernorm = layer.post_attention_layernorm
-        self.self_attn = FusedAttention(layer.self_attn, to_fp8, batch_invariant)
-        self.mlp = FusedMlp(layer.mlp, to_fp8, batch_invariant)
+        self.self_attn = FusedAttention(layer.self_attn, to_fp8, gemm)
+        self.mlp = FusedMlp(layer.mlp, to_fp8, gemm)
 
     def forward(
         self,
@@ -173,9 +174,9 @@ def can_fuse(model: PreTrainedModel) -> bool:
     return inv_freq is not None and all(_matches(layer, 2 * inv_freq.numel()) for layer in decoder.layers)
 
 
-def fuse_layer(layer: nn.Module, to_fp8: bool, batch_invariant: bool = False) -> FusedLayer:
+def fuse_layer(layer: nn.Module, to_fp8: bool, gemm: Gemm = multiply_by_torch) -> FusedLayer:
     """The fused form of a layer of a model that `can_fuse`; it takes the layer's weights over."""
-    return FusedLayer(layer, to_fp8, batch_invariant)
+    return FusedLayer(layer, to_fp8, gemm)
 
 
 def fuse_decoder(model: PreTrainedModel) -> None:

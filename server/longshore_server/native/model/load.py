@@ -19,7 +19,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ModelLoadError, NativeEngineError, UnsupportedModelError
-from longshore_server.native.model.build import build_from_files, build_random
+from longshore_server.native.gemm.plans import Product
+from longshore_server.native.model.build import build_from_files, build_random, planned_products
 from longshore_server.native.model.placement import build_share
 from longshore_server.native.model.vision import VisionTower, is_seeing, language_model
 from longshore_server.native.ranks.links import RankLinks
@@ -85,6 +86,12 @@ def load_model(config: EngineConfig, links: RankLinks | None = None) -> LoadedMo
         eos_token_ids=_eos_token_ids(folder, raw),
         tower=VisionTower(model) if is_seeing(hf_config) else None,
     )
+
+
+def products_of(config: EngineConfig) -> list[Product]:
+    """The different products of the model's fused layers; raises as load_model() for what is no model."""
+    _, hf_config, _ = read_model_config(config)
+    return planned_products(hf_config, _dtype(hf_config, config), config)
 
 
 # --- the folder ---

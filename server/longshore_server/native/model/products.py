@@ -1,7 +1,7 @@
 """Matrix products of a fused layer: plain or FP8 weights, several linear layers merged into one.
 
-A product takes rows and gives a ScaledOutput for the fused operation behind it; it knows no layer. A
-batch-invariant one, for CUDA only, gives each row the same bits among any number of others.
+A product takes rows and gives a ScaledOutput for the fused operation behind it; it knows no layer. How it
+multiplies is its `gemm`'s business.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
+from longshore_server.native.gemm.multiply import Gemm, multiply_by_torch
 from longshore_server.native.model import fp8, fused_ops
 from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
 from longshore_server.native.model.fused_ops import Rows
@@ -31,21 +31,14 @@ class PlainProduct(nn.Module):
 
     takes_fp8 = False
 
-    def __init__(self, linears: Sequence[nn.Linear], batch_invariant: bool = False) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], gemm: Gemm = multiply_by_torch) -> None:
         super().__init__()
         self.weight = _frozen(_merged([each.weight for each in linears]))
         self.bias = _merged_bias(linears)
-        self.batch_invariant = batch_invariant
+        self.gemm = gemm
 
     def forward(self, rows: torch.Tensor) -> ScaledOutput:
-        if self.batch_invariant:
-            return ScaledOutput(_multiply_invariant(rows, self.weight, self.bias, rows.dtype))
-        if rows.is_cuda and rows.shape[0] == 1:
-            from longshore_server.native.model import triton_gemv  # triton is on GPUs only
-
-            if triton_gemv.can_multiply(rows, self.weight):
-                return ScaledOutput(triton_gemv.multiply_row(rows, self.weight, self.bias))
-        return ScaledOutput(linear(rows, self.weight, self.bias))
+        return ScaledOutput(self.gemm(rows, self.weight, self.bias, rows.dtype))
 
 
 class Fp8Product(nn.Module):
@@ -53,7 +46,7 @@ class Fp8Product(nn.Module):
 
     takes_fp8 = True
 
-    def __init__(self, linears: Sequence[nn.Linear], batch_invariant: bool = False) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], gemm: Gemm = multiply_by_torch) -> None:
         super().__init__()
         parts = [fused_ops.quantize_rows(each.weight) for each in linears]
         merged = _merged([part.values.view(torch.uint8) for part in parts])
@@ -63,14 +56,12 @@ class Fp8Product(nn.Module):
         self.register_buffer("scales", _merged([part.scales for part in parts]), persistent=False)
         self.bias = _merged_bias(linears)
         self.dtype = linears[0].weight.dtype
-        self.batch_invariant = batch_invariant
+        self.gemm = gemm
 
     def forward(self, rows: Rows) -> ScaledOutput:
         quantized = rows if isinstance(rows, Fp8Rows) else fused_ops.quantize_rows(rows)
-        if self.batch_invariant:
-            values = _multiply_invariant(quantized.values, self.weight, None, self.dtype)
-            return ScaledOutput(values, quantized.scales, self.scales, self.bias)
-        return fp8.multiply(quantized, Fp8Rows(self.weight, self.scales), self.bias, self.dtype)
+        values = self.gemm(quantized.values, self.weight, None, self.dtype)
+        return ScaledOutput(values, quantized.scales, self.scales, self.bias)
 
 
 class ModuleProduct(nn.Module):
@@ -102,17 +93,18 @@ class Fp8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class InvariantLinear(nn.Module):
-    """Stands in for one nn.Linear on a GPU, over its weight: a row does not depend on how many there are."""
+class GemmLinear(nn.Module):
+    """Stands in for one nn.Linear, over its weight."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, gemm: Gemm) -> None:
         super().__init__()
+        self.gemm = gemm
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         rows = inputs.reshape(-1, self.in_features)
-        output = _multiply_invariant(rows, self.weight, self.bias, inputs.dtype)
+        output = self.gemm(rows, self.weight, self.bias, inputs.dtype)
         return output.view(*inputs.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -127,15 +119,15 @@ def can_be_fp8(module: nn.Module) -> bool:
     return module.in_features % multiple == 0 and module.out_features % multiple == 0
 
 
-def make_product(modules: Sequence[nn.Module], to_fp8: bool, batch_invariant: bool = False) -> Product:
+def make_product(modules: Sequence[nn.Module], to_fp8: bool, gemm: Gemm = multiply_by_torch) -> Product:
     """One product over all `modules`, which read the same rows; FP8 where it is asked for and possible."""
     if len(modules) == 1 and type(modules[0]) is not nn.Linear:
-        own: Product | None = getattr(modules[0], "as_product", lambda _: None)(to_fp8)
+        own: Product | None = getattr(modules[0], "as_product", lambda *_: None)(to_fp8, gemm)
         return ModuleProduct(modules[0]) if own is None else own
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if to_fp8 and all(can_be_fp8(each) for each in linears):
-        return Fp8Product(linears, batch_invariant)
-    return PlainProduct(linears, batch_invariant)
+        return Fp8Product(linears, gemm)
+    return PlainProduct(linears, gemm)
 
 
 def replace_linears(module: nn.Module) -> int:
@@ -143,9 +135,9 @@ def replace_linears(module: nn.Module) -> int:
     return _replace(module, can_be_fp8, Fp8Linear)
 
 
-def make_linears_invariant(module: nn.Module) -> int:
-    """Puts batch-invariant layers in place of plain ones below `module`; returns how many there were."""
-    return _replace(module, lambda child: type(child) is nn.Linear, InvariantLinear)
+def multiply_linears_by(module: nn.Module, gemm: Gemm) -> int:
+    """Puts layers that multiply so in place of plain ones below `module`; returns how many there were."""
+    return _replace(module, lambda child: type(child) is nn.Linear, lambda child: GemmLinear(child, gemm))
 
 
 def _replace(
@@ -160,14 +152,6 @@ def _replace(
     for parent, name, child in found:
         setattr(parent, name, make(child))
     return len(found)
-
-
-def _multiply_invariant(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    from longshore_server.native.model import triton_invariant_gemm  # triton is on GPUs only
-
-    return triton_invariant_gemm.multiply(rows, weight, bias, dtype)
 
 
 def _merged(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from longshore_server.native.errors import ConfigError, UnsupportedModelError
+from longshore_server.native.gemm.multiply import Gemm
 from longshore_server.native.model.fp8 import ScaledOutput
 from longshore_server.native.model.fused_ops import Rows
 from longshore_server.native.model.products import Product, make_product
@@ -159,10 +160,10 @@ class RowParallel(nn.Module):
         output = self._links.add_up(self.linear(inputs))
         return output if self.bias is None else output + self.bias
 
-    def as_product(self, to_fp8: bool) -> Product:
+    def as_product(self, to_fp8: bool, gemm: Gemm) -> Product:
         """The same between the operations of a fused layer; it takes the layer's weights over."""
         dtype: torch.dtype = self.linear.weight.dtype  # type: ignore[assignment,union-attr]
-        return RowParallelProduct(make_product([self.linear], to_fp8), dtype, self._links, self.bias)
+        return RowParallelProduct(make_product([self.linear], to_fp8, gemm), dtype, self._links, self.bias)
 
 
 class RowParallelProduct(nn.Module):

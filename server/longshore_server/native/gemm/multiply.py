@@ -1,0 +1,129 @@
+"""Ways to multiply rows by a weight, one for all products of a model; `gemm_for` picks it for an engine."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from longshore_server.native.config import EngineConfig
+from longshore_server.native.gemm.plans import Plans, Product, find_plans
+from longshore_server.native.model.fp8 import FP8_DTYPE
+
+if TYPE_CHECKING:
+    from longshore_server.native.gemm.cublaslt import CublasLt, Matmul
+
+logger = logging.getLogger(__name__)
+
+KEPT_MATMULS = 4096  # prompts come in many lengths
+
+
+class Gemm(Protocol):
+    """Rows [tokens, in] times a weight [out, in] transposed, plus the bias [out]: [tokens, out] in `dtype`.
+
+    FP8 rows go with an FP8 weight, and without a bias: the product is unscaled. On a GPU `dtype` is
+    bfloat16 then, whose range holds every unscaled sum.
+    """
+
+    def __call__(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+
+def multiply_by_torch(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """As the library would on its own; on a CPU FP8 is computed in float32 over the same values."""
+    if rows.dtype != FP8_DTYPE:
+        return linear(rows, weight, bias)
+    if rows.device.type != "cuda":
+        return (rows.float() @ weight.float().t()).to(dtype)
+    one = _one(rows.device)
+    return torch._scaled_mm(rows, weight.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+
+
+def multiply_invariant(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """For CUDA only: each row has the same bits among any number of others."""
+    from longshore_server.native.gemm import triton_invariant  # triton is on GPUs only
+
+    return triton_invariant.multiply(rows, weight, bias, dtype)
+
+
+class GpuGemm:
+    """The fastest way known: our own kernel for a single row, a measured algorithm, or torch's choice."""
+
+    def __init__(self, lt: CublasLt | None, tables: Sequence[Plans]) -> None:
+        """The tables are for this GPU and this library, the first one that has a plan counts."""
+        self._lt = lt
+        self._tables = tables if lt is not None else ()
+        self._matmul = functools.lru_cache(KEPT_MATMULS)(self._make_matmul)
+
+    def __call__(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if rows.shape[0] == 1 and rows.element_size() == 2:
+            from longshore_server.native.gemm import triton_gemv  # triton is on GPUs only
+
+            if triton_gemv.can_multiply(rows, weight):
+                return triton_gemv.multiply_row(rows, weight, bias)
+        if self._tables and bias is None and _is_aligned(rows) and _is_aligned(weight):
+            matmul = self._matmul(rows.dtype, dtype, rows.shape[0], *weight.shape)
+            if matmul is not None:
+                return matmul(rows, weight)
+        return multiply_by_torch(rows, weight, bias, dtype)
+
+    def _make_matmul(
+        self, dtype: torch.dtype, out_dtype: torch.dtype, num_rows: int, num_outputs: int, width: int
+    ) -> Matmul | None:
+        from longshore_server.native.gemm.cublaslt import CublasLtError, Matmul
+
+        product = Product(str(dtype).removeprefix("torch."), num_outputs, width)
+        algorithm = next(filter(None, (each.find(product, num_rows) for each in self._tables)), None)
+        if algorithm is None or self._lt is None:
+            return None
+        try:
+            return Matmul(self._lt, product, num_rows, out_dtype, algorithm)
+        except CublasLtError as error:
+            logger.warning("%d rows of %s are multiplied as torch chooses: %s", num_rows, product, error)
+            return None
+
+
+def gemm_for(config: EngineConfig) -> Gemm:
+    """How this engine's products are multiplied; raises ModelLoadError for a table that cannot be read."""
+    if config.has_invariant_kernels:
+        return multiply_invariant
+    device = torch.device(config.device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return multiply_by_torch
+    return GpuGemm(*_tables_for(device, Path(config.model)))
+
+
+def _tables_for(device: torch.device, folder: Path) -> tuple[CublasLt | None, list[Plans]]:
+    from longshore_server.native.gemm.cublaslt import CublasLtError, cublaslt_of
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        lt = cublaslt_of(torch.device("cuda", index))
+    except CublasLtError as error:
+        logger.warning("products are multiplied as torch chooses: %s", error)
+        return None, []
+    return lt, find_plans(torch.cuda.get_device_name(index), lt.version, folder)
+
+
+def _is_aligned(matrix: torch.Tensor) -> bool:
+    from longshore_server.native.gemm.cublaslt import ALIGNMENT_BYTES
+
+    return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT_BYTES == 0
+
+
+@functools.cache
+def _one(device: torch.device) -> torch.Tensor:
+    """The scale 1 of a whole matrix, made once per device: a graph must not capture its making."""
+    return torch.ones((), device=device)

@@ -1,0 +1,119 @@
+"""Products by cuBLASLt's algorithms as tables name them, and the measuring that makes the tables, on a GPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from longshore_server.native.gemm.multiply import GpuGemm, multiply_by_torch
+from longshore_server.native.gemm.plans import Algorithm, Plan, Plans, Product, find_plans
+from longshore_server.native.model.fused_ops import quantize_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SMALL = [Product("bfloat16", 512, 256), Product("float16", 512, 256), Product("float8_e4m3fn", 512, 256)]
+MAX_ERROR = 1e-2
+
+
+def _lt():
+    from longshore_server.native.gemm.cublaslt import cublaslt_of
+
+    return cublaslt_of(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _matrix(product: Product, height: int) -> torch.Tensor:
+    is_fp8 = product.dtype == "float8_e4m3fn"
+    dtype = torch.bfloat16 if is_fp8 else getattr(torch, product.dtype)
+    drawn = torch.randn(height, product.width, device="cuda", dtype=dtype)
+    return quantize_rows(drawn).values if is_fp8 else drawn
+
+
+def _output_dtype(product: Product) -> torch.dtype:
+    return torch.float16 if product.dtype == "float16" else torch.bfloat16
+
+
+def _is_right(output: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    exact = rows.double() @ weight.double().t()
+    return bool((output.double() - exact).norm() < MAX_ERROR * exact.norm())
+
+
+@torch.inference_mode()
+def test_each_plan_that_comes_along_is_the_product(tmp_path) -> None:
+    lt = _lt()
+    tables = find_plans(torch.cuda.get_device_name(), lt.version, tmp_path)
+    if not tables:
+        pytest.skip("no table comes along for this GPU and library")
+    gemm = GpuGemm(lt, tables)
+    for product, plans in tables[0].products.items():
+        weight = _matrix(product, product.num_outputs)
+        for plan in plans:
+            for num_rows in {plan.first_row, (plan.first_row + plan.last_row) // 2, plan.last_row} - {1}:
+                rows = _matrix(product, num_rows)
+                assert gemm._matmul(rows.dtype, _output_dtype(product), num_rows, *weight.shape) is not None
+                output = gemm(rows, weight, None, _output_dtype(product))
+                expected = multiply_by_torch(rows, weight, None, _output_dtype(product))
+                error = (output.float() - expected.float()).norm() / expected.float().norm()
+                assert bool(error < MAX_ERROR), (product, plan, num_rows)
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def test_every_guess_of_the_library_is_the_product_and_can_be_captured() -> None:
+    from longshore_server.native.gemm.cublaslt import Matmul, guesses
+
+    torch.manual_seed(0)
+    lt = _lt()
+    for product in SMALL:
+        weight, dtype = _matrix(product, product.num_outputs), _output_dtype(product)
+        for num_rows in (1, 33, 300):
+            algorithms = guesses(lt, product, num_rows, dtype, 8)
+            assert algorithms
+            for algorithm in algorithms:
+                matmul = Matmul(lt, product, num_rows, dtype, algorithm)
+                rows = _matrix(product, num_rows)
+                assert _is_right(matmul(rows, weight), rows, weight)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    output = matmul(rows, weight)
+                rows.copy_(_matrix(product, num_rows))
+                graph.replay()
+                assert _is_right(output, rows, weight)
+
+
+@torch.inference_mode()
+def test_what_a_plan_cannot_do_is_left_to_torch(caplog) -> None:
+    torch.manual_seed(1)
+    product = SMALL[0]
+    nonsense = Algorithm(66, 599, 1, 0, 0, 99, 36, 0, 5)
+    gemm = GpuGemm(_lt(), [Plans("", 0, {product: [Plan(1, 64, nonsense)]})])
+    weight, rows = _matrix(product, product.num_outputs), _matrix(product, 16)
+    bias = torch.randn(product.num_outputs, device="cuda", dtype=torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert _is_right(gemm(rows, weight, None, torch.bfloat16), rows, weight)
+    assert len(caplog.records) == 1 and "as torch chooses" in caplog.text
+    biased = gemm(rows, weight, bias, torch.bfloat16)
+    torch.testing.assert_close(biased, torch.nn.functional.linear(rows, weight, bias))
+    columns = _matrix(Product("bfloat16", 512, 512), 16)[:, ::2]  # not contiguous
+    assert _is_right(gemm(columns, weight, None, torch.bfloat16), columns, weight)
+
+
+def test_a_table_is_measured_and_added_to(tmp_path, capsys, monkeypatch) -> None:
+    from longshore_server.native.gemm import tuning
+    from longshore_server.native.gemm.plans import read_plans
+    from longshore_server.native.gemm_plans_cli import main
+
+    table = tmp_path / "table.json"
+    monkeypatch.setattr(tuning, "LAST_ROWS", (8, 384))
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        assert main(["--product", f"{dtype}:2048x1024", "--out", str(table)]) == 0
+    assert capsys.readouterr().out.count(" rows: torch ") == 4
+    plans = read_plans(table)
+    assert set(plans.products) <= {Product(each, 2048, 1024) for each in ("bfloat16", "float8_e4m3fn")}
+    assert plans.device_name == torch.cuda.get_device_name() and plans.library_version == _lt().version
