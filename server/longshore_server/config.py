@@ -107,6 +107,7 @@ class CoreConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "fp8"] = "none"
     fuse_layers: bool | None = None
+    gemm_plans: bool = True
     device: Name = "auto"
     max_model_len: Count | None = None
     block_size: Annotated[int, Interval(ge=1, le=1024)] = 16

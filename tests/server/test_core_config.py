@@ -149,7 +149,7 @@ def test_every_setting_of_the_native_engine_is_one_of_the_core_and_is_handed_ove
         "model": "m", "load_format": "random", "dtype": "bfloat16", "device": "cuda:0", "block_size": 32,
         "num_kv_blocks": 9, "kv_cache_dtype": "fp8", "gpu_memory_fraction": 0.5, "max_model_len": 77,
         "max_num_seqs": 3, "max_num_batched_tokens": 99, "enable_prefix_cache": False,
-        "batch_invariant": False, "quantization": "fp8", "fuse_layers": True, "seed": 4,
+        "batch_invariant": False, "quantization": "fp8", "fuse_layers": True, "gemm_plans": False, "seed": 4,
     }  # fmt: skip
     settings = native_settings(CoreConfig(**told, max_waiting=5))
     assert {name: getattr(settings, name) for name in told} == told

@@ -37,7 +37,8 @@ class EngineConfig:
     `quantization` "fp8" keeps the layers' weights in FP8 with a scale per output channel, and computes with
     activations in FP8 with a scale per token; embeddings, norms and head stay in `dtype`. `fuse_layers` None
     fuses the layers of known architectures on a GPU, and everywhere with FP8; on a CPU in float32 it runs
-    them as compiled code where the machine has a C compiler, and False is torch alone.
+    them as compiled code where the machine has a C compiler, and False is torch alone. `gemm_plans` takes
+    matrix products from tables of measured ones, where there is one for the GPU and the shape.
     `attention_sparsity` is "dense", or what a generated token sees of a long context (see Sparsity).
     `kv_swap` names memories for KV blocks that the device has no room for, fastest first: ("host:32GiB",
     "file:/mnt/nvme/kv:256GiB"); a file's folder must exist and the file must not. Sizes are of all ranks
@@ -52,6 +53,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "fp8"] = "none"
     fuse_layers: bool | None = None
+    gemm_plans: bool = True
     device: str = "cpu"
     block_size: int = 16
     num_kv_blocks: int | None = None

@@ -40,6 +40,7 @@ def test_rows_are_written_as_the_help_says() -> None:
     assert parse_row("decode:32") == Decode(32, 128, 256)
     assert parse_row("decode:8:64:16") == Decode(8, 64, 16)
     assert parse_row("ttft:4096") == FirstToken(4096)
+    assert parse_row("ttft:4096:1000") == FirstToken(4096, idle_ms=1000)
     assert parse_row("mixed:256") == Mixed(256, 100, 1024)
     assert parse_row("poisson:1.5") == Poisson(1.5, 512, 384, 64)
     assert parse_row("poisson-search:64:32:8") == Poisson(None, 64, 32, 8)
@@ -47,7 +48,18 @@ def test_rows_are_written_as_the_help_says() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "decode", "decode:x", "decode:0", "ttft:1:2", "mixed:4:9:3", "poisson:nan", "poisson:8:64:64:8"],
+    [
+        "",
+        "decode",
+        "decode:x",
+        "decode:0",
+        "ttft:1:-1",
+        "ttft:1:60001",
+        "ttft:1:2:3",
+        "mixed:4:9:3",
+        "poisson:nan",
+        "poisson:8:64:64:8",
+    ],
 )
 def test_a_row_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="rows"):
@@ -175,6 +187,14 @@ def test_decode_counts_the_whole_time_and_the_steps_apart() -> None:
     assert result.figures["decode_tokens_per_s"] == pytest.approx(400)
     assert result.figures["tokens_per_s"] == pytest.approx(400)
     assert len(result.rounds) == 3
+
+
+def test_a_pause_comes_before_each_prompt_and_counts_for_none() -> None:
+    engine = SlowEngine(step_s=0.01)
+    (result,) = bench_over(engine, rounds=4).measure(FirstToken(8, idle_ms=500))
+    assert result.row == "ttft 8 in after 500 ms idle"
+    assert result.figures["ttft_ms"] == pytest.approx(10)
+    assert engine.now_s == pytest.approx(4 * 0.5 + 6 * 0.01, abs=1e-3)  # two more prompts warm it up
 
 
 def test_a_failure_shows_in_the_line_and_the_report(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Bench:
             yield from self._search(row) if row.rate_per_s is None else [self._poisson(row, row.rate_per_s)]
             return
         self._warm_up(row)
-        runs = [self._run(self._requests(row)) for _ in range(self._settings.rounds)]
+        runs = [self._round(row) for _ in range(self._settings.rounds)]
         figures = [
             self._decode_figures(run) if isinstance(row, Decode) else self._figures(row, run) for run in runs
         ]
@@ -107,6 +107,11 @@ class Bench:
             if isinstance(row, Mixed):
                 requests = [replace(r, num_answer=min(r.num_answer, WARM_UP_TOKENS)) for r in requests]
             self._run(requests)
+
+    def _round(self, row: Decode | FirstToken | Mixed) -> Run:
+        if isinstance(row, FirstToken) and row.idle_ms:
+            self._sleep(row.idle_ms / 1e3)
+        return self._run(self._requests(row))
 
     def _run(self, requests: list[BenchRequest]) -> Run:
         run = drive(self._engine, requests, clock=self._clock, sleep=self._sleep)

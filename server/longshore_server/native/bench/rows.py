@@ -1,7 +1,7 @@
 """The rows of a benchmark: what one line of the table measures, and how it is written on the command line.
 
 decode:STREAMS[:IN:OUT]             that many answers at once (128 in, 256 out)
-ttft:IN                             first token of one prompt on an idle engine
+ttft:IN[:IDLE_MS]                   first token of one prompt on an idle engine, which has been idle for so long
 mixed:REQUESTS[:LOW:HIGH]           prompts and answers of random lengths, all given at once (100, 1024)
 poisson:RATE[:IN:SHARED:OUT]        arrivals at random, RATE a second; SHARED of the IN tokens are one of
                                     a few prefixes (512, 384, 64)
@@ -36,6 +36,7 @@ class Decode:
 class FirstToken:
     kind: ClassVar[str] = "ttft"
     num_prompt: int
+    idle_ms: int = 0  # a chip at its power limit is slower than one that had a pause
 
     @property
     def max_tokens(self) -> int:
@@ -83,6 +84,8 @@ class Poisson:
 
 Row = Decode | FirstToken | Mixed | Poisson
 
+MAX_IDLE_MS = 60_000
+
 DEFAULT_ROWS = {
     "cpu": ("decode:1", "decode:8", "decode:32", "ttft:512"),
     "cuda": ("decode:1", "decode:32", "decode:128", "ttft:4096", "mixed:256", "poisson-search"),
@@ -111,9 +114,11 @@ def _parse(kind: str, fields: list[str]) -> Row:
 
 
 def _check(row: Row) -> Row:
-    numbers = [getattr(row, name) for name in row.__slots__]
+    numbers = [getattr(row, name) for name in row.__slots__ if name != "idle_ms"]
     if any(number is not None and not 0 < number < 2**31 for number in numbers):
         raise ConfigError("rows", f"{row} holds a number that is not above 0")
+    if isinstance(row, FirstToken) and not 0 <= row.idle_ms <= MAX_IDLE_MS:
+        raise ConfigError("rows", f"{row}: a pause is 0 to {MAX_IDLE_MS} ms")
     if isinstance(row, Mixed) and row.low > row.high:
         raise ConfigError("rows", f"{row}: the lowest length is above the highest")
     if isinstance(row, Poisson) and row.num_shared >= row.num_prompt:
@@ -126,7 +131,7 @@ def name_of(row: Row) -> str:
     if isinstance(row, Decode):
         return f"decode {row.num_streams} x {row.num_prompt} in {row.num_answer} out"
     if isinstance(row, FirstToken):
-        return f"ttft {row.num_prompt} in"
+        return f"ttft {row.num_prompt} in" + (f" after {row.idle_ms} ms idle" if row.idle_ms else "")
     if isinstance(row, Mixed):
         return f"mixed {row.num_requests} x {row.low}-{row.high}"
     rate = "search" if row.rate_per_s is None else f"{row.rate_per_s:g}/s"

@@ -102,6 +102,8 @@ def gemm_for(config: EngineConfig) -> Gemm:
     device = torch.device(config.device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return multiply_by_torch
+    if not config.gemm_plans:
+        return GpuGemm(None, [])
     return GpuGemm(*_tables_for(device, Path(config.model)))
 
 

@@ -77,7 +77,7 @@ class ProductTuner:
         # Trials' results are not read, so they share memory, which lives as long as one captured run does.
         self._anchor = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._anchor):
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device)  # an empty graph would be warned of
         self._dtype = torch.bfloat16 if self._weights[0].itemsize == 1 else self._weights[0].dtype
 
     def _draw(self, height: int, deviation: float) -> torch.Tensor:
