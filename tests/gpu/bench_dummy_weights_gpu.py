@@ -1,7 +1,7 @@
-"""`bench core` with weights as vLLM's load format `dummy` draws them: PYTHONPATH=server:sdk_python python3 FILE.
+"""`bench core` with weights as vLLM's `dummy` format draws them: PYTHONPATH=server:sdk_python python3 FILE.
 
-Every weight, the norms' too, is uniform from +-0.001, and a row's scale in FP8 is 1 / (448 * 512) at least. See
-bench_products_gpu.py for what that makes of a product's operands. All flags are those of `bench core`.
+Every weight, the norms' too, is uniform from +-0.001, and a row's scale in FP8 is 1 / (448 * 512) at least.
+bench_products_gpu.py shows what that makes of a product's operands. All flags are those of `bench core`.
 """
 
 from __future__ import annotations

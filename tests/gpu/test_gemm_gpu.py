@@ -1,4 +1,4 @@
-"""Products by cuBLASLt's algorithms as tables name them, and the measuring that makes the tables, on a GPU."""
+"""Products by cuBLASLt's algorithms as tables name them, and the measuring that makes tables, on a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The rows of a benchmark: what one line of the table measures, and how it is written on the command line.
 
 decode:STREAMS[:IN:OUT]             that many answers at once (128 in, 256 out)
-ttft:IN[:IDLE_MS]                   first token of one prompt on an idle engine, which has been idle for so long
+ttft:IN[:IDLE_MS]                   first token of one prompt on an engine that was idle for so long
 mixed:REQUESTS[:LOW:HIGH]           prompts and answers of random lengths, all given at once (100, 1024)
 poisson:RATE[:IN:SHARED:OUT]        arrivals at random, RATE a second; SHARED of the IN tokens are one of
                                     a few prefixes (512, 384, 64)
