@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING
 from longshore_server.native.bench.command import BUILT_IN_MODELS
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError, NativeEngineError
-from longshore_server.native.gemm.plans import FILE_NAME, Plans, Product, read_plans
+from longshore_server.native.gemm.plans import DTYPES, FILE_NAME, Plans, Product, read_plans
 
 if TYPE_CHECKING:
     from longshore_server.native.gemm.tuning import Tuned
-
-PRODUCT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,8 +96,8 @@ def _product(text: str) -> Product:
     dtype, _, sizes = text.partition(":")
     num_outputs, _, width = sizes.partition("x")
     is_sized = num_outputs.isdecimal() and width.isdecimal() and int(num_outputs) * int(width) > 0
-    if dtype not in PRODUCT_DTYPES or not is_sized or int(num_outputs) % 16 or int(width) % 16:
-        words = f"{text!r} is not a type of {', '.join(PRODUCT_DTYPES)} and OUTxIN, both multiples of 16"
+    if dtype not in DTYPES or not is_sized or int(num_outputs) % 16 or int(width) % 16:
+        words = f"{text!r} is not a type of {', '.join(DTYPES)} and OUTxIN, both multiples of 16"
         raise ConfigError("product", words)
     return Product(dtype, int(num_outputs), int(width))
 

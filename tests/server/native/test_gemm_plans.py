@@ -15,6 +15,7 @@ from longshore_server.native.attention import interface
 from longshore_server.native.errors import ModelLoadError
 from longshore_server.native.gemm.multiply import GpuGemm, gemm_for, multiply_by_torch, multiply_invariant
 from longshore_server.native.gemm.plans import (
+    DTYPES,
     FILE_NAME,
     TUNED_FOLDER,
     Algorithm,
@@ -56,11 +57,7 @@ def test_a_plan_is_found_exactly_for_its_rows(plans, num_rows) -> None:
     assert table.find(PRODUCT._replace(width=48), num_rows) is None
 
 
-@given(
-    st.dictionaries(
-        st.builds(Product, st.sampled_from(["bfloat16", "float16"]), numbers, numbers), plan_lists()
-    )
-)
+@given(st.dictionaries(st.builds(Product, st.sampled_from(DTYPES), numbers, numbers), plan_lists()))
 def test_a_table_is_read_as_it_was_written(tmp_path_factory, products) -> None:
     path = tmp_path_factory.mktemp("plans") / "table.json"
     table = Plans(CHIP, VERSION, products)
@@ -103,6 +100,7 @@ HEAD = {"format": 1, "device_name": CHIP, "library_version": VERSION, "plans": [
         json.dumps(HEAD | {"format": 2}),
         json.dumps(HEAD | {"library_version": "13"}),
         json.dumps(HEAD | {"plans": {"a": 1}}),
+        json.dumps(HEAD | {"plans": [ENTRY | {"dtype": "float32"}]}),
         json.dumps(HEAD | {"plans": [ENTRY, ENTRY]}),  # the same rows twice
         json.dumps(HEAD | {"plans": [ENTRY | {"rows": [8, 1]}]}),
         json.dumps(HEAD | {"plans": [ENTRY | {"rows": [0, 1]}]}),

@@ -17,6 +17,7 @@ from longshore_server.native.errors import ModelLoadError
 
 FILE_NAME = "gemm_plans.json"
 FORMAT = 1
+DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 TUNED_FOLDER = Path(__file__).parent / "tuned"
 MAX_NUMBER = 2**31 - 1
 
@@ -38,7 +39,7 @@ class Algorithm(NamedTuple):
 class Product(NamedTuple):
     """What is multiplied: rows and a weight [num_outputs, width] of torch's type `dtype`."""
 
-    dtype: str  # "bfloat16", "float16" or "float8_e4m3fn"
+    dtype: str  # one of DTYPES
     num_outputs: int
     width: int
 
@@ -108,6 +109,8 @@ def _parse(raw: dict[str, Any]) -> Plans:
         first_row, last_row = map(_number, entry["rows"])
         numbers = [_number(value) for value in entry["algorithm"]]
         product = Product(str(entry["dtype"]), _number(entry["num_outputs"]), _number(entry["width"]))
+        if product.dtype not in DTYPES:
+            raise ValueError(f"type {product.dtype}")
         before = plans.products.setdefault(product, [])
         if not (before[-1].last_row if before else 0) < first_row <= last_row:
             raise ValueError(f"rows {first_row} to {last_row} of {product}")
