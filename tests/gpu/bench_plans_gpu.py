@@ -1,7 +1,7 @@
 """Speeds with and without the table of measured products: PYTHONPATH=server:sdk_python python3 FILE.
 
 Both ways take turns, so that neither has the chip to itself while it is cool. First tokens of 4,096-token
-prompts come from one engine with random weights, one after the other, then each after a second of idling. Steps
+prompts come from one engine with random weights, one after the other, then each after a second's pause. Steps
 so long are launched, not captured, so the way may change between two of them. With `--decode` two engines
 stand side by side, which an 8B model has room for, and answer so many streams at once (128 in, 256 out).
 """
