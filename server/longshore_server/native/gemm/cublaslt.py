@@ -1,6 +1,6 @@
 """cuBLASLt's own interface to a product's algorithm, by ctypes: torch takes the library's first guess alone.
 
-Names and numbers are those of `cublasLt.h` (CUDA 13). It knows no plans and no models. Imported on CUDA only.
+Names and numbers are those of `cublasLt.h` (CUDA 13). The library is loaded when first asked for.
 """
 
 from __future__ import annotations

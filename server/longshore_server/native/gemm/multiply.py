@@ -6,17 +6,21 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn.functional import linear
 
 from longshore_server.native.config import EngineConfig
+from longshore_server.native.gemm.cublaslt import (
+    ALIGNMENT_BYTES,
+    CublasLt,
+    CublasLtError,
+    Matmul,
+    cublaslt_of,
+)
 from longshore_server.native.gemm.plans import Plans, Product, find_plans
 from longshore_server.native.model.fp8 import FP8_DTYPE
-
-if TYPE_CHECKING:
-    from longshore_server.native.gemm.cublaslt import CublasLt, Matmul
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +86,6 @@ class GpuGemm:
     def _make_matmul(
         self, dtype: torch.dtype, out_dtype: torch.dtype, num_rows: int, num_outputs: int, width: int
     ) -> Matmul | None:
-        from longshore_server.native.gemm.cublaslt import CublasLtError, Matmul
-
         product = Product(str(dtype).removeprefix("torch."), num_outputs, width)
         algorithm = next(filter(None, (each.find(product, num_rows) for each in self._tables)), None)
         if algorithm is None or self._lt is None:
@@ -108,8 +110,6 @@ def gemm_for(config: EngineConfig) -> Gemm:
 
 
 def _tables_for(device: torch.device, folder: Path) -> tuple[CublasLt | None, list[Plans]]:
-    from longshore_server.native.gemm.cublaslt import CublasLtError, cublaslt_of
-
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         lt = cublaslt_of(torch.device("cuda", index))
@@ -120,8 +120,6 @@ def _tables_for(device: torch.device, folder: Path) -> tuple[CublasLt | None, li
 
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
-    from longshore_server.native.gemm.cublaslt import ALIGNMENT_BYTES
-
     return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT_BYTES == 0
 
 
