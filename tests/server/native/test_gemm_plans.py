@@ -13,6 +13,7 @@ from transformers import LlamaConfig, Qwen2Config
 from longshore_server.native import EngineConfig
 from longshore_server.native.attention import interface
 from longshore_server.native.errors import ModelLoadError
+from longshore_server.native.gemm.cublaslt import CublasLt, CublasLtError
 from longshore_server.native.gemm.multiply import GpuGemm, gemm_for, multiply_by_torch, multiply_invariant
 from longshore_server.native.gemm.plans import (
     DTYPES,
@@ -123,6 +124,12 @@ def test_an_engine_gets_the_gemm_that_its_settings_ask_for() -> None:
     assert gemm_for(EngineConfig(model="m", device="cuda", batch_invariant=True)) is multiply_invariant
     if not torch.cuda.is_available():
         assert gemm_for(EngineConfig(model="m", device="cuda")) is multiply_by_torch
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch brings the library along")
+def test_a_library_that_is_not_there_is_told_with_an_error_of_its_own() -> None:
+    with pytest.raises(CublasLtError, match="libcublasLt"):
+        CublasLt(torch.device("cuda", 0))
 
 
 def test_without_the_library_products_are_torchs() -> None:
