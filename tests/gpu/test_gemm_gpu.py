@@ -116,4 +116,4 @@ def test_a_table_is_measured_and_added_to(tmp_path, capsys, monkeypatch) -> None
     assert capsys.readouterr().out.count(" rows: torch ") == 4
     plans = read_plans(table)
     assert set(plans.products) <= {Product(each, 2048, 1024) for each in ("bfloat16", "float8_e4m3fn")}
-    assert plans.device_name == torch.cuda.get_device_name() and plans.library_version == _lt().version
+    assert plans.device_name == torch.cuda.get_device_name() and plans.cublaslt_version == _lt().version

@@ -67,9 +67,9 @@ def _tune(products: list[Product], device_index: int, path: Path) -> int:
     plans = Plans(torch.cuda.get_device_name(device), lt.version)
     if path.is_file():
         there = read_plans(path)
-        if (there.device_name, there.library_version) != (plans.device_name, plans.library_version):
-            words = f"is of {there.device_name} and cuBLASLt {there.library_version}"
-            raise ModelLoadError(f"{path} {words}, this is {plans.device_name} and {plans.library_version}")
+        if (there.device_name, there.cublaslt_version) != (plans.device_name, plans.cublaslt_version):
+            words = f"is of {there.device_name} and cuBLASLt {there.cublaslt_version}"
+            raise ModelLoadError(f"{path} {words}, this is {plans.device_name} and {plans.cublaslt_version}")
         plans = there
     for product in products:
         print(f"{product.dtype} {product.num_outputs} x {product.width}", flush=True)

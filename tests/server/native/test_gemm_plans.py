@@ -89,7 +89,7 @@ def test_tables_that_come_along_are_sound(path) -> None:
 
 
 ENTRY = {"dtype": "bfloat16", "num_outputs": 64, "width": 32, "rows": [1, 8], "algorithm": [66, *range(8)]}
-HEAD = {"format": 1, "device_name": CHIP, "library_version": VERSION, "plans": [ENTRY]}
+HEAD = {"format": 1, "device_name": CHIP, "cublaslt_version": VERSION, "plans": [ENTRY]}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ HEAD = {"format": 1, "device_name": CHIP, "library_version": VERSION, "plans": [
         "[]",
         "null",
         json.dumps(HEAD | {"format": 2}),
-        json.dumps(HEAD | {"library_version": "13"}),
+        json.dumps(HEAD | {"cublaslt_version": "13"}),
         json.dumps(HEAD | {"plans": {"a": 1}}),
         json.dumps(HEAD | {"plans": [ENTRY | {"dtype": "float32"}]}),
         json.dumps(HEAD | {"plans": [ENTRY, ENTRY]}),  # the same rows twice

@@ -9,6 +9,8 @@ from statistics import median
 
 import torch
 
+from longshore_server.native.gemm.plans import dtype_name
+
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 NUM_ROUNDS = 5
@@ -35,7 +37,7 @@ def measure_ceilings(device: str, dtype: torch.dtype, *, quantization: str) -> C
     size = GEMM_SIZE.get(kind, GEMM_SIZE["cpu"])
     is_fp8 = quantization.startswith("fp8") and kind == "cuda"
     gemm_s = _median_s(_fp8_gemm(size, device) if is_fp8 else _plain_gemm(size, device, dtype), kind)
-    name = "float8_e4m3fn" if is_fp8 else str(dtype).removeprefix("torch.")
+    name = "float8_e4m3fn" if is_fp8 else dtype_name(dtype)
     return Ceilings(copy_bytes_per_s, 2 * size**3 / gemm_s, name)
 
 

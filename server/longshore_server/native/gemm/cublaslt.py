@@ -13,16 +13,18 @@ from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_
 import torch
 
 from longshore_server.native.gemm.plans import Algorithm, Product
+from longshore_server.native.model.fp8 import FP8_DTYPE, unit_scale
 
 COMPUTE_32F = 68
 REAL_32F, REAL_16F, REAL_16BF, REAL_8F_E4M3 = 0, 2, 14, 28
-TYPES = {"bfloat16": REAL_16BF, "float16": REAL_16F, "float8_e4m3fn": REAL_8F_E4M3}
+TYPES = {torch.bfloat16: REAL_16BF, torch.float16: REAL_16F, FP8_DTYPE: REAL_8F_E4M3}
 DESC_TRANSA, DESC_A_SCALE_POINTER, DESC_B_SCALE_POINTER, DESC_FAST_ACCUM = 3, 17, 18, 25
 PREF_MAX_WORKSPACE_BYTES = 1
 CONFIG_INNER_SHAPE_ID, CONFIG_CLUSTER_SHAPE_ID = 7, 8  # attributes of 16 bits, the others have 32
 # A scheduler's counters fit; what adds up parts of a sum in the workspace was never faster.
 MAX_WORKSPACE_BYTES = 64 * 1024
 ALIGNMENT_BYTES = 16
+ALPHA, BETA = c_float(1.0), c_float(0.0)  # of the product and of what the output held before
 
 
 class CublasLtError(RuntimeError):
@@ -60,7 +62,7 @@ class CublasLt:
         self.handle = pointer()
         with torch.cuda.device(device):
             check(self.lib.cublasLtCreate(byref(self.handle)))
-            self.one = torch.ones((), device=device)  # the scale of a whole FP8 matrix
+        self.unit_scale = unit_scale(device)
 
 
 @functools.cache
@@ -84,8 +86,6 @@ class Matmul:
         self._algo, self._workspace_bytes = self._problem.checked(algorithm)
         self._lt, self._dtype = lt, dtype
         self._shape = num_rows, product.num_outputs
-        self._alpha, self._beta = c_float(1.0), c_float(0.0)
-        self._scales = ctypes.addressof(self._alpha), ctypes.addressof(self._beta)
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Both contiguous, at multiples of ALIGNMENT_BYTES; in the current stream, and it can be captured."""
@@ -94,10 +94,11 @@ class Matmul:
         workspace = None
         if self._workspace_bytes:
             workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device).data_ptr()
-        of, (alpha, beta), result = self._problem, self._scales, output.data_ptr()
+        of, result = self._problem, output.data_ptr()
         status = self._lt.lib.cublasLtMatmul(
-            self._lt.handle, of.desc, alpha, weight.data_ptr(), of.weight, rows.data_ptr(), of.rows, beta,
-            result, of.output, result, of.output, byref(self._algo), workspace, self._workspace_bytes,
+            self._lt.handle, of.desc, byref(ALPHA), weight.data_ptr(), of.weight, rows.data_ptr(), of.rows,
+            byref(BETA), result, of.output, result, of.output,
+            byref(self._algo), workspace, self._workspace_bytes,
             torch._C._cuda_getCurrentRawStream(device.index),
         )  # fmt: skip
         check(status)
@@ -109,14 +110,14 @@ class _Problem:
 
     def __init__(self, lt: CublasLt, product: Product, num_rows: int, dtype: torch.dtype) -> None:
         self._lib, self._handle = lt.lib, lt.handle
-        kind = TYPES[product.dtype]
-        self._types = kind, kind, TYPES[_name(dtype)], TYPES[_name(dtype)]
+        kind = TYPES[getattr(torch, product.dtype)]
+        self._types = kind, kind, TYPES[dtype], TYPES[dtype]
         self.desc, self.weight, self.rows, self.output = (ctypes.c_void_p() for _ in range(4))
         check(self._lib.cublasLtMatmulDescCreate(byref(self.desc), COMPUTE_32F, REAL_32F))
         self._set(DESC_TRANSA, c_int32(1))
         if kind == REAL_8F_E4M3:
             for attribute in (DESC_A_SCALE_POINTER, DESC_B_SCALE_POINTER):
-                self._set(attribute, c_uint64(lt.one.data_ptr()))
+                self._set(attribute, c_uint64(lt.unit_scale.data_ptr()))
             self._set(DESC_FAST_ACCUM, c_int8(1))
         width, num_outputs = product.width, product.num_outputs
         self._lay_out(self.weight, kind, width, num_outputs)
@@ -218,7 +219,3 @@ def check(status: int) -> None:
 
 def _config_type(attribute: int) -> type[c_uint16] | type[c_uint32]:
     return c_uint16 if attribute in (CONFIG_INNER_SHAPE_ID, CONFIG_CLUSTER_SHAPE_ID) else c_uint32
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,8 +19,8 @@ from longshore_server.native.gemm.cublaslt import (
     Matmul,
     cublaslt_of,
 )
-from longshore_server.native.gemm.plans import Plans, Product, find_plans
-from longshore_server.native.model.fp8 import FP8_DTYPE
+from longshore_server.native.gemm.plans import Plans, Product, dtype_name, find_plans
+from longshore_server.native.model.fp8 import FP8_DTYPE, unit_scale
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def multiply_by_torch(
         return linear(rows, weight, bias)
     if rows.device.type != "cuda":
         return (rows.float() @ weight.float().t()).to(dtype)
-    one = _one(rows.device)
+    one = unit_scale(rows.device)
     return torch._scaled_mm(rows, weight.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
 
 
@@ -86,7 +86,7 @@ class GpuGemm:
     def _make_matmul(
         self, dtype: torch.dtype, out_dtype: torch.dtype, num_rows: int, num_outputs: int, width: int
     ) -> Matmul | None:
-        product = Product(str(dtype).removeprefix("torch."), num_outputs, width)
+        product = Product(dtype_name(dtype), num_outputs, width)
         algorithm = next(filter(None, (each.find(product, num_rows) for each in self._tables)), None)
         if algorithm is None or self._lt is None:
             return None
@@ -121,9 +121,3 @@ def _tables_for(device: torch.device, folder: Path) -> tuple[CublasLt | None, li
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
     return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT_BYTES == 0
-
-
-@functools.cache
-def _one(device: torch.device) -> torch.Tensor:
-    """The scale 1 of a whole matrix, made once per device: a graph must not capture its making."""
-    return torch.ones((), device=device)

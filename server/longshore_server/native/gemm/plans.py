@@ -57,7 +57,7 @@ class Plans:
     """Plans of one chip; those of a product are in order and do not overlap."""
 
     device_name: str
-    library_version: int
+    cublaslt_version: int
     products: dict[Product, list[Plan]] = field(default_factory=dict)
 
     def find(self, product: Product, num_rows: int) -> Algorithm | None:
@@ -72,13 +72,18 @@ class Plans:
         """One line for each plan, so that tables can be read and compared."""
         lines = [
             json.dumps(
-                {**product._asdict(), "rows": [plan.first_row, plan.last_row], "algorithm": [*plan[2]]}
+                {**product._asdict(), "rows": [plan.first_row, plan.last_row], "algorithm": [*plan.algorithm]}
             )
             for product, plans in sorted(self.products.items())
             for plan in plans
         ]
-        head = {"format": FORMAT, "device_name": self.device_name, "library_version": self.library_version}
+        head = {"format": FORMAT, "device_name": self.device_name, "cublaslt_version": self.cublaslt_version}
         path.write_text(f'{json.dumps(head)[:-1]}, "plans": [\n ' + ",\n ".join(lines) + "\n]}\n")
+
+
+def dtype_name(dtype: Any) -> str:
+    """A type of torch's as tables write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_plans(path: Path) -> Plans:
@@ -94,17 +99,17 @@ def packaged_file(device_name: str) -> Path:
     return TUNED_FOLDER / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
 
 
-def find_plans(device_name: str, library_version: int, model_folder: Path) -> list[Plans]:
+def find_plans(device_name: str, cublaslt_version: int, model_folder: Path) -> list[Plans]:
     """The tables for this chip and library: the model's own before the one that comes along."""
     files = [model_folder / FILE_NAME, packaged_file(device_name)]
     tables = [read_plans(path) for path in files if path.is_file()]
-    return [t for t in tables if (t.device_name, t.library_version) == (device_name, library_version)]
+    return [t for t in tables if (t.device_name, t.cublaslt_version) == (device_name, cublaslt_version)]
 
 
 def _parse(raw: dict[str, Any]) -> Plans:
     if raw["format"] != FORMAT:
         raise ValueError(f"format {raw['format']!r}")
-    plans = Plans(str(raw["device_name"]), _number(raw["library_version"]))
+    plans = Plans(str(raw["device_name"]), _number(raw["cublaslt_version"]))
     for entry in raw["plans"]:
         first_row, last_row = map(_number, entry["rows"])
         numbers = [_number(value) for value in entry["algorithm"]]

@@ -7,7 +7,7 @@ another algorithm is often the fastest. Imported on CUDA only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from itertools import product as combinations
@@ -42,6 +42,7 @@ class _Trial:
     algorithm: Algorithm | None  # None is torch's choice
     graph: torch.cuda.CUDAGraph
     num_calls: int
+    short_us: float = 0.0  # of a product in the first, short run
     times_us: list[float] = field(default_factory=list)
 
     def run_us(self, num_replays: int) -> float:
@@ -70,6 +71,8 @@ class ProductTuner:
 
     def __init__(self, lt: CublasLt, product: Product, device: torch.device, max_rows: int) -> None:
         self._lt, self._product, self._device = lt, product, device
+        self._is_fp8 = product.dtype == "float8_e4m3fn"
+        self._dtype = torch.bfloat16 if self._is_fp8 else getattr(torch, product.dtype)
         size_bytes = product.num_outputs * product.width * getattr(torch, product.dtype).itemsize
         num_weights = max(2, -(-RING_BYTES // size_bytes))
         self._weights = [self._draw(product.num_outputs, 0.02) for _ in range(num_weights)]
@@ -78,14 +81,11 @@ class ProductTuner:
         self._anchor = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._anchor):
             torch.zeros(1, device=device)  # an empty graph would be warned of
-        self._dtype = torch.bfloat16 if self._weights[0].itemsize == 1 else self._weights[0].dtype
 
     def _draw(self, height: int, deviation: float) -> torch.Tensor:
-        is_fp8 = self._product.dtype == "float8_e4m3fn"
-        dtype = torch.bfloat16 if is_fp8 else getattr(torch, self._product.dtype)
-        drawn = torch.empty(height, self._product.width, dtype=dtype, device=self._device)
+        drawn = torch.empty(height, self._product.width, dtype=self._dtype, device=self._device)
         drawn.normal_(std=deviation)
-        return quantize_rows(drawn).values if is_fp8 else drawn
+        return quantize_rows(drawn).values if self._is_fp8 else drawn
 
     def tune(self, last_rows: Sequence[int]) -> Iterator[Tuned]:
         """One result for each range, in order."""
@@ -116,27 +116,28 @@ class ProductTuner:
     def _ranked(self, num_rows: int) -> list[_Trial]:
         """Trials of the library's guesses and of variants of the best of them, by a first short run."""
         algorithms = guesses(self._lt, self._product, num_rows, self._dtype, MAX_GUESSES)
-        trials = self._short_runs(dict.fromkeys(algorithms), num_rows)
-        varied = {
-            trial.algorithm._replace(cluster_shape=cluster, swizzle=swizzle): None
+        trials = self._short_runs(algorithms, num_rows)
+        varied = (
+            trial.algorithm._replace(cluster_shape=cluster, swizzle=swizzle)
             for trial in trials[:NUM_VARIED]
             for cluster, swizzle in combinations(CLUSTER_SHAPES, (0, 1))
             if trial.algorithm is not None
-        }
+        )
         tried = {trial.algorithm for trial in trials}
-        more = self._short_runs({each: None for each in varied if each not in tried}, num_rows)
-        return sorted(trials + more, key=lambda trial: trial.times_us.pop(0))
+        more = self._short_runs((each for each in varied if each not in tried), num_rows)
+        return sorted(trials + more, key=lambda trial: trial.short_us)
 
-    def _short_runs(self, algorithms: dict[Algorithm, None], num_rows: int) -> list[_Trial]:
+    def _short_runs(self, algorithms: Iterable[Algorithm], num_rows: int) -> list[_Trial]:
+        """The fastest first, each algorithm once; those that cannot do it are left out."""
         trials = []
-        for algorithm in algorithms:
+        for algorithm in dict.fromkeys(algorithms):
             try:
                 trial = self._trial(algorithm, num_rows)
             except CublasLtError:
                 continue
-            trial.times_us.append(min(trial.run_us(1) for _ in range(3)))
+            trial.short_us = min(trial.run_us(1) for _ in range(3))
             trials.append(trial)
-        return sorted(trials, key=lambda trial: trial.times_us[0])
+        return sorted(trials, key=lambda trial: trial.short_us)
 
     def _trial(self, algorithm: Algorithm | None, num_rows: int) -> _Trial:
         multiply = self._multiply(algorithm, num_rows)

@@ -16,7 +16,7 @@ from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ConfigError, ModelLoadError
 from longshore_server.native.gemm.multiply import gemm_for, multiply_by_torch
-from longshore_server.native.gemm.plans import Product
+from longshore_server.native.gemm.plans import Product, dtype_name
 from longshore_server.native.model import fuse, products
 from longshore_server.native.model.file_weights import FileWeights, has_own_names
 from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
@@ -86,7 +86,7 @@ def planned_products(hf_config: PreTrainedConfig, dtype: torch.dtype, config: En
     finisher.finish_model()
     kinds = (products.PlainProduct, products.Fp8Product, products.GemmLinear)
     weights = [each.weight for each in model.modules() if isinstance(each, kinds) and each.bias is None]
-    names = (Product(str(each.dtype).removeprefix("torch."), *each.shape) for each in weights)
+    names = (Product(dtype_name(each.dtype), *each.shape) for each in weights)
     return list(dict.fromkeys(names))
 
 

@@ -6,6 +6,7 @@ inside the GEMM is slower at few rows.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,12 @@ class ScaledOutput:
             return self.values.to(dtype)
         result = self.values.float() * self.row_scales[:, None] * self.channel_scales
         return (result if self.bias is None else result + self.bias.float()).to(dtype)
+
+
+@functools.cache
+def unit_scale(device: torch.device) -> torch.Tensor:
+    """The scale 1 of a whole matrix, made once per device: a graph must not capture its making."""
+    return torch.ones((), device=device)
 
 
 def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
