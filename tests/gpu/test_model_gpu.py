@@ -114,18 +114,32 @@ def test_silu_mul_equals_its_reference() -> None:
 
 
 def test_one_row_times_a_matrix() -> None:
+    """Rows that are read whole, in pieces, and of a width that is no power of two."""
     from longshore_server.native.gemm import triton_gemv
 
-    for num_outputs, width in ((6144, 4096), (4096, 14336), (28672, 4096)):
-        weight = torch.randn(num_outputs, width, device=DEVICE).bfloat16()
-        row, bias = torch.randn(1, width, device=DEVICE).bfloat16(), torch.randn(num_outputs, device=DEVICE)
-        assert triton_gemv.can_multiply(row, weight)
-        for each in (None, bias.bfloat16()):
-            expected = torch.nn.functional.linear(
-                row.double(), weight.double(), None if each is None else each.double()
-            )
-            _assert_near(triton_gemv.multiply_row(row, weight, each), expected)
-    assert not triton_gemv.can_multiply(row, weight[:, :1000])
+    shapes = ((6144, 4096), (4096, 14336), (1024, 3584), (512, 28672), (512, 33000), (256, 96))
+    for num_outputs, width in shapes:
+        for dtype in (torch.bfloat16, fp8.FP8_DTYPE):
+            weight = torch.randn(num_outputs, width, device=DEVICE).to(dtype)
+            row = torch.randn(1, width, device=DEVICE).to(dtype)
+            bias = torch.randn(num_outputs, device=DEVICE)
+            assert triton_gemv.can_multiply(row, weight)
+            for each in (None, bias.bfloat16()):
+                expected = torch.nn.functional.linear(
+                    row.double(), weight.double(), None if each is None else each.double()
+                )
+                _assert_near(triton_gemv.multiply_row(row, weight, each, torch.bfloat16), expected)
+    assert not triton_gemv.can_multiply(row, weight[:, :48])
+    assert not triton_gemv.can_multiply(row, weight[:255])  # a program has 128 outputs of this width
+
+
+def test_angles_are_exact_far_into_a_context() -> None:
+    frequencies = 1.0 / 500_000.0 ** (torch.arange(0, 128, 2, device=DEVICE) / 128)
+    positions = torch.randint(0, 131_072, (700,), device=DEVICE)
+    exact = (positions.float()[:, None] * frequencies).repeat(1, 2).double()
+    angles = fused_ops.rotary_angles(positions, frequencies, 1.25, torch.float32)
+    for each, expected in zip(angles, (exact.cos(), exact.sin()), strict=True):
+        assert float((each.double() - 1.25 * expected).abs().max()) < 1e-6
 
 
 def test_keys_and_values_reach_their_pages() -> None:

@@ -38,6 +38,35 @@ def test_fused_engine_answers_like_the_oracle(family, make_engine, oracle, greed
         assert answer == expected[0, len(prompt) :].tolist()
 
 
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 256},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_angles_are_those_of_the_model(family, rope_type, model_folder) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **ROPES[rope_type]}
+    config = AutoConfig.from_pretrained(model_folder(family), max_position_embeddings=256)
+    if rope_type == "longrope":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rope |= {"short_factor": [1.5] * (head_dim // 2), "long_factor": [3.0] * (head_dim // 2)}
+    config.rope_parameters = rope
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    assert rotary.rope_type == rope_type
+    positions = torch.randperm(256)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = rotary(torch.zeros(1, dtype=dtype), positions[None])
+        angles = fused_ops.rotary_angles(positions, rotary.inv_freq, rotary.attention_scaling, dtype)
+        assert all(torch.equal(a, b[0]) for a, b in zip(angles, expected, strict=True))
+
+
 def engine_model(engine: NativeEngine) -> torch.nn.Module:
     return engine._runner.model.model
 

@@ -130,6 +130,10 @@ def test_rows_are_the_references(make) -> None:
             all_pages.append(pages)
         assert all(near(a, b) for a, b in zip(*results, strict=True))
         assert all(near(a, b) for a, b in zip(*all_pages, strict=True))
+    frequencies = torch.rand(24)  # no power of two
+    angles = torch.randint(0, 2000, (num_rows,)), frequencies, 1.25, torch.float32
+    results = [each.rotary_angles(*angles) for each in (triton_rope, fused_ops)]
+    assert all(near(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_invariant_product_is_a_product() -> None:
@@ -143,6 +147,18 @@ def test_the_invariant_product_is_a_product() -> None:
         )
         output = triton_invariant.multiply(rows, weight, each, torch.float16)
         assert torch.allclose(output.float(), expected, atol=2e-2)
+
+
+def test_one_row_times_a_matrix() -> None:
+    from longshore_server.native.gemm import triton_gemv
+
+    torch.manual_seed(4)
+    for num_outputs, width in ((512, 24), (4, 4000), (8, 9000)):  # pieces of many rows, of one, of parts
+        row, weight, bias = torch.randn(1, width), torch.randn(num_outputs, width), torch.randn(num_outputs)
+        for each in (None, bias):
+            expected = torch.nn.functional.linear(row, weight, each)
+            output = triton_gemv.multiply_row(row, weight, each, torch.float32)
+            assert torch.allclose(output, expected, atol=1e-3)
 
 
 # --- tokens ---

@@ -72,11 +72,11 @@ class GpuGemm:
     def __call__(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        if rows.shape[0] == 1 and rows.element_size() == 2:
+        if rows.shape[0] == 1 and rows.element_size() <= 2:
             from longshore_server.native.gemm import triton_gemv  # triton is on GPUs only
 
             if triton_gemv.can_multiply(rows, weight):
-                return triton_gemv.multiply_row(rows, weight, bias)
+                return triton_gemv.multiply_row(rows, weight, bias, dtype)
         if self._tables and bias is None and _is_aligned(rows) and _is_aligned(weight):
             matmul = self._matmul(rows.dtype, dtype, rows.shape[0], *weight.shape)
             if matmul is not None:

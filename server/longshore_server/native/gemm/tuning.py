@@ -1,8 +1,9 @@
 """Measures cuBLASLt's algorithms for one product after the other, torch's choice among them.
 
-What counts is a chip as it serves: weights come from memory, not from the cache, launches are captured, and
-those that may win take turns until the chip runs at the clock that its power limit leaves it. On a cool chip
-another algorithm is often the fastest. Imported on CUDA only.
+What counts is a chip as it serves: weights come from memory, not from the cache, launches are captured, few
+rows come from the kernel that stands before a product in a step, and those that may win take turns until the
+chip runs at the clock that its power limit leaves it. On a cool chip another algorithm is often the fastest.
+Imported on CUDA only.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from longshore_server.native.gemm.cublaslt import CublasLt, CublasLtError, Matmul, guesses
 from longshore_server.native.gemm.multiply import multiply_by_torch
 from longshore_server.native.gemm.plans import Algorithm, Plan, Product
-from longshore_server.native.model.fused_ops import quantize_rows
+from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
+from longshore_server.native.model.fused_ops import add_rms_norm, quantize_rows
 
 # A plan holds for the rows up to one of these and above the one before: the sizes of captured decode steps,
 # then those between which tiles fill a chip differently.
-LAST_ROWS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+LAST_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 FIRST_LONG_ROWS = 384  # from here on a plan must hold in the middle of its range, too
 MAX_GUESSES = 32
 NUM_VARIED = 4  # of the best guesses other clusters and orders of tiles are tried
@@ -33,6 +35,7 @@ NUM_TURNS = 3
 TURN_MS, LONG_TURN_MS = 15.0, 50.0
 LEAST_GAIN = 0.01  # what is nearer to torch's choice than this is noise
 MAX_ERROR = 1e-2  # of a result's norm
+EPS = 1e-5  # of the norm that makes rows
 
 
 @dataclass
@@ -77,6 +80,8 @@ class ProductTuner:
         num_weights = max(2, -(-RING_BYTES // size_bytes))
         self._weights = [self._draw(product.num_outputs, 0.02) for _ in range(num_weights)]
         self._rows = self._draw(max_rows, 1.0)
+        self._hidden = torch.randn(FIRST_LONG_ROWS, product.width, dtype=self._dtype, device=device)
+        self._gain = torch.ones(product.width, dtype=self._dtype, device=device)
         # Trials' results are not read, so they share memory, which lives as long as one captured run does.
         self._anchor = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._anchor):
@@ -141,33 +146,42 @@ class ProductTuner:
 
     def _trial(self, algorithm: Algorithm | None, num_rows: int) -> _Trial:
         multiply = self._multiply(algorithm, num_rows)
-        multiply(self._weights[0])
+        multiply(self._made_rows(num_rows), self._weights[0])
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._anchor.pool()):
             for weight in self._weights:
-                multiply(weight)
+                multiply(self._made_rows(num_rows), weight)
         return _Trial(algorithm, graph, len(self._weights))
 
-    def _multiply(self, algorithm: Algorithm | None, num_rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        rows = self._rows[:num_rows]
+    def _made_rows(self, num_rows: int) -> torch.Tensor:
+        """Rows of a short step come from the kernel that makes them there, and are waited for."""
+        if num_rows >= FIRST_LONG_ROWS:
+            return self._rows[:num_rows]
+        hidden = self._hidden[:num_rows]
+        rows, _ = add_rms_norm(ScaledOutput(hidden), hidden, self._gain, EPS, self._is_fp8)
+        return rows.values if isinstance(rows, Fp8Rows) else rows
+
+    def _multiply(
+        self, algorithm: Algorithm | None, num_rows: int
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         if algorithm is None:
-            return lambda weight: multiply_by_torch(rows, weight, None, self._dtype)
-        matmul = Matmul(self._lt, self._product, num_rows, self._dtype, algorithm)
-        return lambda weight: matmul(rows, weight)
+            return lambda rows, weight: multiply_by_torch(rows, weight, None, self._dtype)
+        return Matmul(self._lt, self._product, num_rows, self._dtype, algorithm)
 
     def _is_right(self, trial: _Trial, *row_counts: int) -> bool:
         """Beside torch's result, at the first and the last number of rows, whatever memory held before."""
         weight = self._weights[0]
         for num_rows in row_counts:
-            expected = self._multiply(None, num_rows)(weight).float()
+            rows = self._rows[:num_rows]
+            expected = self._multiply(None, num_rows)(rows, weight).float()
             try:
                 multiply = self._multiply(trial.algorithm, num_rows)
             except CublasLtError:
                 return False
             for num_bytes in (4, 64, 1024, 64 * 1024):  # a workspace comes from what is freed here
                 torch.full((num_bytes,), 255, dtype=torch.uint8, device=self._device)
-            error = (multiply(weight).float() - expected).norm() / expected.norm()
+            error = (multiply(rows, weight).float() - expected).norm() / expected.norm()
             if not bool(error < MAX_ERROR):
                 return False
         return True

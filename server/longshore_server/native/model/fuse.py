@@ -152,7 +152,10 @@ class FusedDecoder(nn.Module):
     ) -> BaseModelOutputWithPast:
         context: AttentionContext = arguments[CONTEXT_KEYWORD]
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cos, sin = (each[0].contiguous() for each in self.rotary_emb(embedded, position_ids))
+        rotary: Any = self.rotary_emb
+        cos, sin = fused_ops.rotary_angles(
+            position_ids[0], rotary.inv_freq, rotary.attention_scaling, embedded.dtype
+        )
         only = context.sampled if isinstance(context, FusedContext) else None
         x, residual = ScaledOutput(embedded[0]), None
         *layers, last = self.layers

@@ -60,6 +60,21 @@ def quantize_rows(matrix: torch.Tensor) -> Fp8Rows:
     return fp8.quantize_rows(matrix)
 
 
+def rotary_angles(
+    positions: torch.Tensor,  # [tokens]
+    inverse_frequencies: torch.Tensor,  # [head_dim / 2]
+    scaling: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [tokens, head_dim] of the angle of each pair of dimensions, times `scaling`."""
+    if positions.is_cuda:
+        from longshore_server.native.model import triton_rope
+
+        return triton_rope.rotary_angles(positions, inverse_frequencies, scaling, dtype)
+    angles = (positions.float()[:, None] * inverse_frequencies.float()).repeat(1, 2)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
 def split_qkv(
     x: ScaledOutput,  # [tokens, (num_heads + 2 * num_kv_heads) * head_dim]
     cos: torch.Tensor,  # [tokens, head_dim]

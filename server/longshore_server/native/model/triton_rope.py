@@ -1,7 +1,7 @@
-"""Triton kernel between the merged qkv product and the attention: scales, bias, q/k norm, rotary embedding.
+"""Triton kernels of the rotary embedding: its angles, once a step, and what follows the merged qkv product.
 
-It also puts keys and values into the paged cache where it is told to. References and shapes stand in
-fused_ops.py. Imported on CUDA only.
+That is scales, bias, q/k norm and the rotation; it also puts keys and values into the paged cache where it is
+told to. References and shapes stand in fused_ops.py. Imported on CUDA only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,23 @@ from longshore_server.native.model.triton_rows import TRITON_DTYPES, _pointers
 LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
 
 HEADS_PER_PROGRAM = 8
+
+
+@triton.jit
+def _angles_kernel(
+    positions, inverse_frequencies, cos, sin, scaling,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_HALF)
+    mask = dims < HALF
+    frequencies = tl.load(inverse_frequencies + dims, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    angles = tl.load(positions + token).to(tl.float32) * frequencies
+    place = token * (2 * HALF) + dims
+    for half in tl.static_range(2):
+        tl.store(cos + place + half * HALF, (tl.cos(angles) * scaling).to(cos.dtype.element_ty), mask=mask)
+        tl.store(sin + place + half * HALF, (tl.sin(angles) * scaling).to(sin.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -115,6 +132,20 @@ def _qkv_kernel(
             _store_halves(k_slot, k_scale, y1, y2, k_mask, HALF, IS_FP8)
             v_slot = value_pages + slot * row_size + v_head * HEAD_DIM + dims
             _store_halves(v_slot, v_scale, y1, y2, v_mask, HALF, IS_FP8)
+
+
+def rotary_angles(
+    positions: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    half = len(inverse_frequencies)
+    cos = torch.empty(len(positions), 2 * half, dtype=dtype, device=positions.device)
+    sin = torch.empty_like(cos)
+    pdl = has_dependent_launch(positions.device)
+    _angles_kernel[(len(positions),)](
+        positions, inverse_frequencies, cos, sin, scaling,
+        HALF=half, BLOCK_HALF=triton.next_power_of_2(half), PDL=pdl, launch_pdl=pdl, num_warps=1,
+    )  # fmt: skip
+    return cos, sin
 
 
 def split_qkv(
