@@ -117,7 +117,10 @@ def test_one_row_times_a_matrix() -> None:
     """Rows that are read whole, in pieces, and of a width that is no power of two."""
     from longshore_server.native.gemm import triton_gemv
 
-    shapes = ((6144, 4096), (4096, 14336), (1024, 3584), (512, 28672), (512, 33000), (256, 96))
+    shapes = (
+        (6144, 4096), (4096, 14336), (8192, 8192), (8192, 28672), (1024, 3584), (1024, 5120), (512, 1024),
+        (512, 33000), (256, 96),
+    )  # fmt: skip
     for num_outputs, width in shapes:
         for dtype in (torch.bfloat16, fp8.FP8_DTYPE):
             weight = torch.randn(num_outputs, width, device=DEVICE).to(dtype)
