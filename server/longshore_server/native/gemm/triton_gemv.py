@@ -72,7 +72,7 @@ def _multiply_add_fp8(weight, row, total):
 def _load_pieces(places, NUM_PIECES: tl.constexpr, BLOCK: tl.constexpr):
     pieces = (tl.load(places),)
     for index in tl.static_range(1, NUM_PIECES):
-        pieces = pieces + (tl.load(places + index * BLOCK),)  # noqa: RUF005
+        pieces = pieces + (tl.load(places + index * BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
     return pieces
 
 
