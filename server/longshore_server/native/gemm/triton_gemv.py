@@ -70,6 +70,7 @@ def _multiply_add_fp8(weight, row, total):
 
 @triton.jit
 def _load_pieces(places, NUM_PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    # Triton adds tuples up, but knows no star.
     pieces = (tl.load(places),)
     for index in tl.static_range(1, NUM_PIECES):
         pieces = pieces + (tl.load(places + index * BLOCK),)  # type: ignore[assignment]  # noqa: RUF005
