@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +162,18 @@ def test_one_row_times_a_matrix() -> None:
             expected = torch.nn.functional.linear(row, weight, each)
             output = triton_gemv.multiply_row(row, weight, each, torch.float32)
             assert torch.allclose(output, expected, atol=1e-3)
+
+
+def test_the_row_kernel_of_fp8_compiles_for_hopper(tmp_path) -> None:
+    """Its assembly is not interpreted; what it computes is tested on a GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "28672" in done.stdout.split()
 
 
 # --- tokens ---
