@@ -1,7 +1,7 @@
 """Compiles the kernel of one FP8 row for an H200, which takes no GPU, and prints the widths of the weights.
 
-Its assembly is not what an interpreter runs. A process of its own, since kernels of one that interprets cannot
-be compiled.
+Its assembly is not what an interpreter runs. It is a process of its own, since kernels of one that
+interprets cannot be compiled.
 """
 
 from __future__ import annotations
