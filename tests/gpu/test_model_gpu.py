@@ -134,6 +134,7 @@ def test_one_row_times_a_matrix() -> None:
                 _assert_near(triton_gemv.multiply_row(row, weight, each, torch.bfloat16), expected)
     assert not triton_gemv.can_multiply(row, weight[:, :48])
     assert not triton_gemv.can_multiply(row, weight[:255])  # a program has 128 outputs of this width
+    assert not triton_gemv.can_multiply(row.repeat(1, 2)[:, ::2], weight)
 
 
 def test_angles_are_exact_far_into_a_context() -> None:

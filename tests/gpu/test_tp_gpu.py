@@ -150,6 +150,9 @@ def _compare(spread: dict[str, Any], **settings: Any) -> None:
         ]
         print(f"first tokens are behind one rank's by {max(behind):.3f} at most, {margin:.3f} are allowed")
         assert max(behind) <= margin
+    firsts = [a[0] == b[0] for a, b in zip(alone.rounds[0], together.rounds[0], strict=True)]
+    print(f"first tokens equal: {sum(firsts)} of {len(firsts)}")
+    assert sum(firsts) >= len(firsts) * 0.4
     again, once_more = together.first_tokens()[2:]
     agreeing = [a == b for a, b in zip(again, once_more, strict=True)]
     assert sum(agreeing) >= len(agreeing) - 1, "a graph's answers differ from those of the step it holds"

@@ -1,8 +1,8 @@
 """`python -m longshore_server.native.gemm_plans_cli`: a table of a model's fastest products on this GPU.
 
 An engine takes it from the model's folder. For shapes and GPUs without a table torch asks the library, whose
-first guess is a few percent slower. It takes about a second for each product and number of rows; nothing else
-should run on the GPU.
+first guess is a few percent slower. It takes about two seconds for each product and number of rows; nothing
+else should run on the GPU.
 """
 
 from __future__ import annotations

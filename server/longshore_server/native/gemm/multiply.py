@@ -72,7 +72,7 @@ class GpuGemm:
     def __call__(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        if rows.shape[0] == 1 and rows.element_size() <= 2:
+        if rows.shape[0] == 1:
             from longshore_server.native.gemm import triton_gemv  # triton is on GPUs only
 
             if triton_gemv.can_multiply(rows, weight):

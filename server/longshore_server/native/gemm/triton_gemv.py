@@ -8,6 +8,7 @@ Imported on CUDA only.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +107,12 @@ class _Launch:
 
 
 def can_multiply(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether multiply_row() takes these: one row on a GPU, and outputs that fill its programs."""
-    fits = weight.shape[0] % _launch_of(weight).block_outputs == 0 and weight.is_contiguous()
-    return fits and rows.is_cuda and rows.shape[0] == 1 and rows.dtype == weight.dtype
+    """Whether multiply_row() takes these: one row of 8 or 16 bits on a GPU, outputs that fill programs."""
+    if rows.shape[0] != 1 or rows.element_size() > 2 or not rows.is_cuda or rows.dtype != weight.dtype:
+        return False
+    num_outputs, width = weight.shape
+    is_whole = num_outputs % _launch_of(width, weight.element_size()).block_outputs == 0
+    return is_whole and rows.is_contiguous() and weight.is_contiguous()
 
 
 def multiply_row(
@@ -116,11 +120,11 @@ def multiply_row(
 ) -> torch.Tensor:
     """`row` [1, in] times `weight` [out, in] transposed, summed in float32: [1, out] in `dtype`.
 
-    FP8 is multiplied unscaled and without a bias; a few of its products are summed in half precision first.
+    FP8 is multiplied unscaled, and a few of its products may be summed in half precision first.
     """
     num_outputs, width = weight.shape
     output = torch.empty(1, num_outputs, dtype=dtype, device=row.device)
-    of = _launch_of(weight)
+    of = _launch_of(width, weight.element_size())
     pdl = has_dependent_launch(row.device)
     grid = (num_outputs // of.block_outputs,)
     common = {"BLOCK_OUTPUTS": of.block_outputs, "BLOCK": of.block, "num_warps": of.num_warps}
@@ -133,9 +137,9 @@ def multiply_row(
     return output
 
 
-def _launch_of(weight: torch.Tensor) -> _Launch:
+@functools.cache
+def _launch_of(width: int, num_bytes: int) -> _Launch:
     """The fastest on an H200 at its power limit, among the kernels that stand around a product in a step."""
-    width, num_bytes = weight.shape[1], weight.element_size()
     if num_bytes == 1:
         for block in FP8_BLOCKS:
             if width % block == 0 and width // block in FP8_PIECES:

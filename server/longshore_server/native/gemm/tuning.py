@@ -19,7 +19,7 @@ import torch
 from longshore_server.native.gemm.cublaslt import CublasLt, CublasLtError, Matmul, guesses
 from longshore_server.native.gemm.multiply import multiply_by_torch
 from longshore_server.native.gemm.plans import Algorithm, Plan, Product
-from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
+from longshore_server.native.model.fp8 import FP8_DTYPE, Fp8Rows, ScaledOutput
 from longshore_server.native.model.fused_ops import add_rms_norm, quantize_rows
 
 # A plan holds for the rows up to one of these and above the one before: the sizes of captured decode steps,
@@ -74,9 +74,10 @@ class ProductTuner:
 
     def __init__(self, lt: CublasLt, product: Product, device: torch.device, max_rows: int) -> None:
         self._lt, self._product, self._device = lt, product, device
-        self._is_fp8 = product.dtype == "float8_e4m3fn"
-        self._dtype = torch.bfloat16 if self._is_fp8 else getattr(torch, product.dtype)
-        size_bytes = product.num_outputs * product.width * getattr(torch, product.dtype).itemsize
+        dtype = getattr(torch, product.dtype)
+        self._is_fp8 = dtype == FP8_DTYPE
+        self._dtype = torch.bfloat16 if self._is_fp8 else dtype
+        size_bytes = product.num_outputs * product.width * dtype.itemsize
         num_weights = max(2, -(-RING_BYTES // size_bytes))
         self._weights = [self._draw(product.num_outputs, 0.02) for _ in range(num_weights)]
         self._rows = self._draw(max_rows, 1.0)

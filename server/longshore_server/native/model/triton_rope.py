@@ -31,10 +31,12 @@ def _angles_kernel(
     frequencies = tl.load(inverse_frequencies + dims, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     angles = tl.load(positions + token).to(tl.float32) * frequencies
+    cosines = (tl.cos(angles) * scaling).to(cos.dtype.element_ty)
+    sines = (tl.sin(angles) * scaling).to(sin.dtype.element_ty)
     place = token * (2 * HALF) + dims
     for half in tl.static_range(2):
-        tl.store(cos + place + half * HALF, (tl.cos(angles) * scaling).to(cos.dtype.element_ty), mask=mask)
-        tl.store(sin + place + half * HALF, (tl.sin(angles) * scaling).to(sin.dtype.element_ty), mask=mask)
+        tl.store(cos + place + half * HALF, cosines, mask=mask)
+        tl.store(sin + place + half * HALF, sines, mask=mask)
 
 
 @triton.jit
