@@ -87,12 +87,75 @@ def test_every_guess_of_the_library_is_the_product_and_can_be_captured() -> None
 
 
 @torch.inference_mode()
+def test_few_rows_times_a_matrix() -> None:
+    """Whole or in parts, of tiles that fill a chip or do not, and whatever stands behind the rows."""
+    from longshore_server.native.gemm import gluon_few_rows
+
+    torch.manual_seed(2)
+    shapes = (
+        (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (57344, 8192),
+        (128256, 4096), (64, 256), (192, 1280), (2560, 8192), (8192, 2048),
+    )  # fmt: skip
+    for num_outputs, width in shapes:
+        for dtype in ("bfloat16", "float16", "float8_e4m3fn"):
+            product = Product(dtype, num_outputs, width)
+            weight, output_dtype = _matrix(product, num_outputs), _output_dtype(product)
+            memory = _matrix(product, 100)
+            memory.view(torch.uint8)[64:] = 0xFF  # not numbers
+            most = gluon_few_rows.MAX_ROWS[weight.element_size()]
+            for num_rows in {2, 7, 8, 9, 31, 32, 33, most} - {33 if most == 32 else 0}:
+                rows = memory[64 - num_rows : 64]
+                assert gluon_few_rows.can_multiply(rows, weight)
+                whole = gluon_few_rows.multiply_few_rows(rows, weight, output_dtype)
+                assert whole.dtype == output_dtype and _is_right(whole, rows, weight)
+                parts = gluon_few_rows.multiply_few_rows(rows, weight, output_dtype, may_split=True)
+                total = parts if parts.ndim == 2 else parts.double().sum(0)
+                assert _is_right(total, rows, weight), (product, num_rows)
+                again = gluon_few_rows.multiply_few_rows(rows, weight, output_dtype, may_split=True)
+                assert torch.equal(again, parts)
+            assert not gluon_few_rows.can_multiply(memory[:1], weight)
+            assert not gluon_few_rows.can_multiply(memory[: most + 1], weight)
+            assert not gluon_few_rows.can_multiply(memory[:8, :-16], weight[:, :-16])
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def test_few_rows_wait_for_the_kernel_that_makes_them() -> None:
+    """Captured behind one another, each product reads what the one before wrote; thousands of times."""
+    torch.manual_seed(3)
+    gemm = GpuGemm(None, [])
+    product = Product("bfloat16", 4096, 4096)
+    weights = [_matrix(product, 4096) / 64 for _ in range(4)]  # a product keeps its rows' size
+
+    def run(rows: torch.Tensor, multiply) -> torch.Tensor:
+        for weight in weights * 4:
+            rows = multiply(rows, weight, None, torch.bfloat16)
+        return rows
+
+    rows = _matrix(product, 16)
+    run(rows, gemm)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run(rows, gemm)
+    for _ in range(20):
+        rows.copy_(_matrix(product, 16))
+        expected = run(rows, multiply_by_torch).float()
+        results = []
+        for _ in range(20):
+            graph.replay()
+            results.append(output.clone())
+        assert all(torch.equal(each, results[0]) for each in results)
+        assert (results[0].float() - expected).norm() < 5 * MAX_ERROR * expected.norm()
+
+
+@torch.inference_mode()
 def test_what_a_plan_cannot_do_is_left_to_torch(caplog) -> None:
     torch.manual_seed(1)
     product = SMALL[0]
     nonsense = Algorithm(66, 599, 1, 0, 0, 99, 36, 0, 5)
-    gemm = GpuGemm(_lt(), [Plans("", 0, {product: [Plan(1, 64, nonsense)]})])
-    weight, rows = _matrix(product, product.num_outputs), _matrix(product, 16)
+    gemm = GpuGemm(_lt(), [Plans("", 0, {product: [Plan(1, 96, nonsense)]})])
+    weight, rows = _matrix(product, product.num_outputs), _matrix(product, 65)  # no kernel of our own
     bias = torch.randn(product.num_outputs, device="cuda", dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -110,7 +173,7 @@ def test_a_table_is_measured_and_added_to(tmp_path, capsys, monkeypatch) -> None
     from longshore_server.native.gemm_plans_cli import main
 
     table = tmp_path / "table.json"
-    monkeypatch.setattr(tuning, "LAST_ROWS", (8, 384))
+    monkeypatch.setattr(tuning, "LAST_ROWS", (8, 96, 384))  # 8 rows are left to our own kernel
     for dtype in ("bfloat16", "float8_e4m3fn"):
         assert main(["--product", f"{dtype}:2048x1024", "--out", str(table)]) == 0
     assert capsys.readouterr().out.count(" rows: torch ") == 4

@@ -1,6 +1,6 @@
-"""Compiles the kernel of one FP8 row for an H200, which takes no GPU, and prints the widths of the weights.
+"""Compiles what cannot be interpreted for an H200, which takes no GPU: the kernels of one FP8 row and of few.
 
-Its assembly is not what an interpreter runs. It is a process of its own, since kernels of one that
+It prints the widths and types of the weights. It is a process of its own, since kernels of one that
 interprets cannot be compiled.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from longshore_server.native.gemm import triton_gemv
+from longshore_server.native.gemm import gluon_few_rows, triton_gemv
 from longshore_server.native.model.fp8 import FP8_DTYPE
 
 WIDTHS = (1024, 3072, 3584, 4096, 5120, 8192, 14336, 16384, 28672)
@@ -34,11 +36,38 @@ def compile_row_kernel(width: int) -> str:
     return triton.compile(source, target=HOPPER, options=options).asm["ptx"]  # type: ignore[no-any-return]
 
 
+def compile_few_rows_kernel(dtype: gl.dtype, tile_height: int, row_block: int) -> str:
+    """The PTX."""
+    width = gluon_few_rows.STAGE_BYTES * 8 // dtype.primitive_bitwidth
+
+    def descriptor(height: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([height, width], dtype)
+        return f"tensordesc<{dtype.name}[{height}, {width}],{layout!r}>"
+
+    constants = {"NUM_STEPS": 32, "NUM_SPLITS": 2, "NUM_STAGES": 3, "PDL": True}
+    constants["num_warps"] = gluon_few_rows.NUM_WARPS
+    types = {"weight": descriptor(tile_height), "rows": descriptor(row_block), "output": "*fp32"}
+    types |= {"num_rows": "i32", "num_outputs": "i32", "tiles_per_program": "i32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = GluonASTSource(gluon_few_rows._few_rows_kernel, types, constants, {})
+    options = {"num_warps": gluon_few_rows.NUM_WARPS, "launch_pdl": True}
+    return triton.compile(source, target=HOPPER, options=options).asm["ptx"]  # type: ignore[no-any-return]
+
+
 def main() -> None:
     for width in WIDTHS:
         ptx = compile_row_kernel(width)
         assert "fma.rn.f16x2" in ptx and "griddepcontrol.wait" in ptx
         print(width)
+    for torch_dtype, dtype in gluon_few_rows.GLUON_DTYPES.items():
+        for tile_height in gluon_few_rows.TILE_HEIGHTS:
+            for row_block in gluon_few_rows.ROW_BLOCKS:
+                ptx = compile_few_rows_kernel(dtype, tile_height, row_block)
+                assert f"wgmma.mma_async.sync.aligned.m64n{row_block}k" in ptx
+                # Weights are on their way before the kernel waits, rows not.
+                before, _, after = ptx.partition("griddepcontrol.wait")
+                assert before.count("cp.async.bulk.tensor") == 3 and "cp.async.bulk.tensor" in after
+        print(str(torch_dtype).removeprefix("torch."))
 
 
 if __name__ == "__main__":

@@ -185,6 +185,18 @@ def test_the_next_operation_applies_the_scales() -> None:
     assert isinstance(fused_ops.silu_mul(plain, torch.float32, True), Fp8Rows)
 
 
+def test_who_reads_a_product_adds_its_parts_up() -> None:
+    torch.manual_seed(2)
+    parts, rows, channels, bias = torch.randn(3, 4, 64), torch.rand(4), torch.rand(64), torch.randn(64)
+    for others in ((), (rows, channels), (rows, channels, bias)):
+        cut, whole = ScaledOutput(parts, *others), ScaledOutput(parts.sum(0), *others)
+        assert (cut.num_parts, whole.num_parts) == (3, 1)
+        assert torch.equal(cut.resolve(torch.float32), whole.resolve(torch.float32))
+        residual = torch.randn(4, 64)
+        normed = [fused_ops.add_rms_norm(x, residual, torch.ones(64), 1e-6, False) for x in (cut, whole)]
+        assert all(map(torch.equal, *normed))
+
+
 def test_fp8_settings_that_cannot_be() -> None:
     for settings in (
         {"quantization": "int3"},

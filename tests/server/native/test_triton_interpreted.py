@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longshore.seeds import row_keys
 from longshore_server.native import SamplingParams
@@ -102,9 +104,14 @@ def _scaled(num_rows: int, num_channels: int) -> ScaledOutput:
     return ScaledOutput(torch.randn(num_rows, num_channels), *parts)
 
 
-@pytest.mark.parametrize("make", [lambda *shape: ScaledOutput(torch.randn(*shape)), _scaled])
+def _in_parts(num_rows: int, num_channels: int) -> ScaledOutput:
+    whole = _scaled(num_rows, num_channels)
+    return dataclasses.replace(whole, values=torch.randn(3, num_rows, num_channels))
+
+
+@pytest.mark.parametrize("make", [lambda *shape: ScaledOutput(torch.randn(*shape)), _scaled, _in_parts])
 def test_rows_are_the_references(make) -> None:
-    from longshore_server.native.model import triton_rope, triton_rows
+    from longshore_server.native.model import triton_resolve, triton_rope, triton_rows
 
     torch.manual_seed(3)
     near = partial(torch.allclose, atol=1e-5)
@@ -118,6 +125,8 @@ def test_rows_are_the_references(make) -> None:
         wide = make(num_rows, 2 * width)
         expected = fused_ops.silu_mul(wide, torch.float32, False)
         assert near(triton_rows.silu_mul(wide, torch.float32, False), expected)
+        unbiased = dataclasses.replace(x, bias=None)
+        assert near(triton_resolve.resolve(unbiased, torch.float32), unbiased.resolve(torch.float32))
     num_rows, heads, kv_heads, dim = 11, 6, 2, 16
     cos, sin = (torch.rand(num_rows, dim // 2).repeat(1, 2) for _ in "cs")
     slots = torch.randperm(3 * SIZE)[:num_rows]
@@ -164,8 +173,24 @@ def test_one_row_times_a_matrix() -> None:
             assert torch.allclose(output, expected, atol=1e-3)
 
 
-def test_the_row_kernel_of_fp8_compiles_for_hopper(tmp_path) -> None:
-    """Its assembly is not interpreted; what it computes is tested on a GPU."""
+@given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 200), st.booleans())
+def test_few_rows_take_every_tile_once(num_tiles, num_steps, num_multiprocessors, may_split) -> None:
+    from longshore_server.native.gemm import gluon_few_rows
+
+    num_outputs = 64 * num_tiles
+    of = gluon_few_rows._launch_of(num_outputs, num_steps, num_multiprocessors, may_split)
+    assert num_outputs % of.tile_height == 0 and num_steps % of.num_splits == 0
+    assert may_split or of.num_splits == 1
+    num_groups, rest = divmod(of.num_programs, of.num_splits)
+    assert rest == 0
+    tiles = num_outputs // of.tile_height
+    assert (num_groups - 1) * of.tiles_per_program < tiles <= num_groups * of.tiles_per_program
+    # No multiprocessor has two of them, but where there are fewer than parts.
+    assert of.num_programs <= max(num_multiprocessors, of.num_splits)
+
+
+def test_the_kernels_of_one_row_and_of_few_compile_for_hopper(tmp_path) -> None:
+    """Neither can be interpreted; what they compute is tested on a GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     script = Path(__file__).with_name("compile_for_hopper.py")
@@ -173,7 +198,7 @@ def test_the_row_kernel_of_fp8_compiles_for_hopper(tmp_path) -> None:
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "28672" in done.stdout.split()
+    assert {"28672", "float8_e4m3fn"} <= set(done.stdout.split())
 
 
 # --- tokens ---

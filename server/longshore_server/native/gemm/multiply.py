@@ -31,16 +31,26 @@ class Gemm(Protocol):
     """Rows [tokens, in] times a weight [out, in] transposed, plus the bias [out]: [tokens, out] in `dtype`.
 
     FP8 rows go with an FP8 weight, and without a bias: the product is unscaled. On a GPU `dtype` is
-    bfloat16 then, whose range holds every unscaled sum.
+    bfloat16 then, whose range holds every unscaled sum. Who can add up says `may_split`, and may be given
+    [parts, tokens, out] in float32, whose sum over the parts is the product.
     """
 
     def __call__(
-        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        may_split: bool = False,
     ) -> torch.Tensor: ...
 
 
 def multiply_by_torch(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    may_split: bool = False,
 ) -> torch.Tensor:
     """As the library would on its own; on a CPU FP8 is computed in float32 over the same values."""
     if rows.dtype != FP8_DTYPE:
@@ -52,7 +62,11 @@ def multiply_by_torch(
 
 
 def multiply_invariant(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    may_split: bool = False,
 ) -> torch.Tensor:
     """For CUDA only: each row has the same bits among any number of others."""
     from longshore_server.native.gemm import triton_invariant  # triton is on GPUs only
@@ -61,7 +75,7 @@ def multiply_invariant(
 
 
 class GpuGemm:
-    """The fastest way known: our own kernel for a single row, a measured algorithm, or torch's choice."""
+    """The fastest way known: our own kernels for one row and few, a measured algorithm, or torch's choice."""
 
     def __init__(self, lt: CublasLt | None, tables: Sequence[Plans]) -> None:
         """The tables are for this GPU and this library, the first one that has a plan counts."""
@@ -70,13 +84,20 @@ class GpuGemm:
         self._matmul = functools.lru_cache(KEPT_MATMULS)(self._make_matmul)
 
     def __call__(
-        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        may_split: bool = False,
     ) -> torch.Tensor:
-        if rows.shape[0] == 1:
-            from longshore_server.native.gemm import triton_gemv  # triton is on GPUs only
+        if rows.is_cuda:
+            from longshore_server.native.gemm import gluon_few_rows, triton_gemv  # triton is on GPUs only
 
             if triton_gemv.can_multiply(rows, weight):
                 return triton_gemv.multiply_row(rows, weight, bias, dtype)
+            if bias is None and gluon_few_rows.can_multiply(rows, weight):
+                return gluon_few_rows.multiply_few_rows(rows, weight, dtype, may_split)
         if self._tables and bias is None and _is_aligned(rows) and _is_aligned(weight):
             matmul = self._matmul(rows.dtype, dtype, rows.shape[0], *weight.shape)
             if matmul is not None:

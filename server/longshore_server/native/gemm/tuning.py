@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from longshore_server.native.gemm import gluon_few_rows
 from longshore_server.native.gemm.cublaslt import CublasLt, CublasLtError, Matmul, guesses
 from longshore_server.native.gemm.multiply import multiply_by_torch
 from longshore_server.native.gemm.plans import Algorithm, Plan, Product
@@ -63,6 +64,7 @@ class _Trial:
 class Tuned:
     """What one range of rows gave; `algorithm` None leaves the product to torch."""
 
+    first_row: int
     last_row: int
     algorithm: Algorithm | None
     torch_us: float
@@ -94,10 +96,11 @@ class ProductTuner:
         return quantize_rows(drawn).values if self._is_fp8 else drawn
 
     def tune(self, last_rows: Sequence[int]) -> Iterator[Tuned]:
-        """One result for each range, in order."""
+        """One result for each range, in order, but for those that a kernel of our own takes."""
         before = 0
         for last_row in last_rows:
-            yield self._tune_range(before + 1, last_row)
+            if not gluon_few_rows.can_multiply(self._rows[:last_row], self._weights[0]):
+                yield self._tune_range(before + 1, last_row)
             before = last_row
 
     def _tune_range(self, first_row: int, last_row: int) -> Tuned:
@@ -117,7 +120,8 @@ class ProductTuner:
         best = min(good, key=good.__getitem__, default=None)
         if best is not None and good[best] > 1.0 - LEAST_GAIN:
             best = None
-        return Tuned(last_row, best, own_us, own_us if best is None else own_us * shares[best][0])
+        best_us = own_us if best is None else own_us * shares[best][0]
+        return Tuned(first_row, last_row, best, own_us, best_us)
 
     def _ranked(self, num_rows: int) -> list[_Trial]:
         """Trials of the library's guesses and of variants of the best of them, by a first short run."""
@@ -201,13 +205,11 @@ def _take_turns(trials: list[_Trial], num_rows: int) -> None:
 def plans_of(results: list[Tuned]) -> list[Plan]:
     """Neighbouring ranges of one algorithm become one; those left to torch have no plan."""
     plans: list[Plan] = []
-    before = 0
     for result in results:
-        first_row, before = before + 1, result.last_row
         if result.algorithm is None:
             continue
-        if plans and plans[-1].last_row == first_row - 1 and plans[-1].algorithm == result.algorithm:
+        if plans and plans[-1].last_row == result.first_row - 1 and plans[-1].algorithm == result.algorithm:
             plans[-1] = plans[-1]._replace(last_row=result.last_row)
         else:
-            plans.append(Plan(first_row, result.last_row, result.algorithm))
+            plans.append(Plan(result.first_row, result.last_row, result.algorithm))
     return plans

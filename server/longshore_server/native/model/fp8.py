@@ -34,18 +34,24 @@ class ScaledOutput:
     """What a linear layer gave; it stands for `values * row_scales * channel_scales + bias`.
 
     Scales are both there or both None; the bias is there only beside scales, else `values` has it already.
+    A product that was cut along its width comes in parts, which the reader adds up.
     """
 
-    values: torch.Tensor  # [tokens, channels]
+    values: torch.Tensor  # [tokens, channels], or [parts, tokens, channels] in float32
     row_scales: torch.Tensor | None = None  # [tokens], float32
     channel_scales: torch.Tensor | None = None  # [channels], float32
     bias: torch.Tensor | None = None  # [channels]
 
+    @property
+    def num_parts(self) -> int:
+        return 1 if self.values.ndim == 2 else self.values.shape[0]
+
     def resolve(self, dtype: torch.dtype) -> torch.Tensor:
         """The plain tensor [tokens, channels], rounded once to `dtype`."""
+        values = self.values if self.values.ndim == 2 else self.values.sum(0)
         if self.row_scales is None or self.channel_scales is None:
-            return self.values.to(dtype)
-        result = self.values.float() * self.row_scales[:, None] * self.channel_scales
+            return values.to(dtype)
+        result = values.float() * self.row_scales[:, None] * self.channel_scales
         return (result if self.bias is None else result + self.bias.float()).to(dtype)
 
 

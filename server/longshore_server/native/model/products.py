@@ -38,7 +38,7 @@ class PlainProduct(nn.Module):
         self.gemm = gemm
 
     def forward(self, rows: torch.Tensor) -> ScaledOutput:
-        return ScaledOutput(self.gemm(rows, self.weight, self.bias, rows.dtype))
+        return ScaledOutput(self.gemm(rows, self.weight, self.bias, rows.dtype, may_split=True))
 
 
 class Fp8Product(nn.Module):
@@ -60,7 +60,7 @@ class Fp8Product(nn.Module):
 
     def forward(self, rows: Rows) -> ScaledOutput:
         quantized = rows if isinstance(rows, Fp8Rows) else fused_ops.quantize_rows(rows)
-        values = self.gemm(quantized.values, self.weight, None, self.dtype)
+        values = self.gemm(quantized.values, self.weight, None, self.dtype, may_split=True)
         return ScaledOutput(values, quantized.scales, self.scales, self.bias)
 
 

@@ -191,7 +191,7 @@ class RowParallelProduct(nn.Module):
 
 def multiply_out(product: ScaledOutput, dtype: torch.dtype) -> torch.Tensor:
     """The plain tensor [tokens, channels]; on a GPU in one kernel."""
-    if product.values.is_cuda and product.row_scales is not None:
+    if product.values.is_cuda and (product.row_scales is not None or product.num_parts > 1):
         from longshore_server.native.model import triton_resolve  # triton is on GPUs only
 
         return triton_resolve.resolve(product, dtype)

@@ -1,4 +1,4 @@
-"""A product with its scales multiplied out, in one kernel: what ranks add up must be plain."""
+"""A product with its parts added and its scales multiplied out, in one kernel: what ranks add up is plain."""
 
 from __future__ import annotations
 
@@ -7,34 +7,42 @@ import triton
 import triton.language as tl
 
 from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.model.triton_rows import _load_sum
 
 BLOCK = 1024
 
 
 @triton.jit
-def _resolve_kernel(values, row_scales, channel_scales, output, num_columns, stride, BLOCK: tl.constexpr):
+def _resolve_kernel(
+    values, row_scales, channel_scales, output, num_columns, stride,
+    HAS_SCALES: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
-    loaded = tl.load(values + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
-    scales = tl.load(channel_scales + columns, mask=mask, other=0.0)
-    result = loaded * tl.load(row_scales + row) * scales
+    result = _load_sum(values + row * stride + columns, mask, tl.num_programs(0) * stride, NUM_PARTS)
+    if HAS_SCALES:
+        scales = tl.load(channel_scales + columns, mask=mask, other=0.0)
+        result = result * tl.load(row_scales + row) * scales
     tl.store(output + row * num_columns + columns, result.to(output.dtype.element_ty), mask=mask)
 
 
 def resolve(product: ScaledOutput, dtype: torch.dtype) -> torch.Tensor:
-    """ScaledOutput.resolve() of a product that has scales and no bias: [tokens, channels], contiguous."""
-    assert product.row_scales is not None and product.channel_scales is not None and product.bias is None
-    values = product.values if product.values.stride(1) == 1 else product.values.contiguous()
-    output = torch.empty(values.shape, dtype=dtype, device=values.device)
-    num_rows, num_columns = values.shape
+    """ScaledOutput.resolve() of a product that has no bias: [tokens, channels], contiguous."""
+    assert product.bias is None
+    values = product.values if product.values.stride(-1) == 1 else product.values.contiguous()
+    num_rows, num_columns = values.shape[-2:]
+    output = torch.empty(num_rows, num_columns, dtype=dtype, device=values.device)
+    has_scales = product.row_scales is not None
     _resolve_kernel[(num_rows, triton.cdiv(num_columns, BLOCK))](
         values,
-        product.row_scales,
-        product.channel_scales,
+        product.row_scales if has_scales else values,
+        product.channel_scales if has_scales else values,
         output,
         num_columns,
-        values.stride(0),
+        values.stride(-2),
+        HAS_SCALES=has_scales,
+        NUM_PARTS=product.num_parts,
         BLOCK=BLOCK,
         num_warps=4,
     )

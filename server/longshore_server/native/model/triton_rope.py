@@ -13,7 +13,7 @@ import triton.language as tl
 from longshore_server.native.attention.kv_cache import KVTarget
 from longshore_server.native.gpu.triton_overlap import has_dependent_launch, wait_for_previous
 from longshore_server.native.model.fp8 import FP8_DTYPE, FP8_MAX, ScaledOutput
-from longshore_server.native.model.triton_rows import TRITON_DTYPES, _pointers
+from longshore_server.native.model.triton_rows import TRITON_DTYPES, _load_sum, _pointers
 
 LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
 
@@ -41,10 +41,10 @@ def _angles_kernel(
 
 @triton.jit
 def _load_half(
-    values, row_scale, channel_scales, bias, offsets, mask,
-    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    values, row_scale, channel_scales, bias, offsets, mask, part_stride,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
 ):  # fmt: skip
-    x = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = _load_sum(values + offsets, mask, part_stride, NUM_PARTS)
     if HAS_SCALES:
         x = x * row_scale * tl.load(channel_scales + offsets, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -68,7 +68,7 @@ def _qkv_kernel(
     key_pages, value_pages, key_scales, value_scales, slots, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    TO_PAGES: tl.constexpr, TO_ROWS: tl.constexpr, IS_FP8: tl.constexpr,
+    TO_PAGES: tl.constexpr, TO_ROWS: tl.constexpr, IS_FP8: tl.constexpr, NUM_PARTS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -80,12 +80,20 @@ def _qkv_kernel(
     is_value = heads >= NUM_HEADS + NUM_KV_HEADS
     mask = (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & (dims < HALF)
     lower = heads * HEAD_DIM + dims
-    row = values + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    width: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    row = values + token * width
+    part_stride = tl.num_programs(0) * width
     row_scale = 1.0
     if HAS_SCALES:
         row_scale = tl.load(row_scales + token)
-    x1 = _load_half(row, row_scale, channel_scales, bias, lower, mask, DTYPE, HAS_SCALES, HAS_BIAS)
-    x2 = _load_half(row, row_scale, channel_scales, bias, lower + HALF, mask, DTYPE, HAS_SCALES, HAS_BIAS)
+    x1 = _load_half(
+        row, row_scale, channel_scales, bias, lower, mask, part_stride,
+        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+    )  # fmt: skip
+    x2 = _load_half(
+        row, row_scale, channel_scales, bias, lower + HALF, mask, part_stride,
+        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+    )  # fmt: skip
     if HAS_NORM:
         mean_square = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1))[:, None] / HEAD_DIM
         inverse = tl.rsqrt(mean_square + eps)
@@ -160,7 +168,7 @@ def split_qkv(
     target: KVTarget | None = None,
     keep_rows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_tokens, num_channels = x.values.shape
+    num_tokens, num_channels = x.values.shape[-2:]
     num_all = num_heads + 2 * num_kv_heads
     head_dim, dtype, device = num_channels // num_all, cos.dtype, x.values.device
     query = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
@@ -179,7 +187,7 @@ def split_qkv(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, DTYPE=TRITON_DTYPES[dtype],
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, HAS_NORM=norms is not None,
         TO_PAGES=target is not None, TO_ROWS=keep_rows, IS_FP8=pages[0].dtype == FP8_DTYPE,
-        BLOCK_HEADS=HEADS_PER_PROGRAM, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        PDL=pdl, launch_pdl=pdl, num_warps=4,
+        NUM_PARTS=x.num_parts, BLOCK_HEADS=HEADS_PER_PROGRAM,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return query, key, value

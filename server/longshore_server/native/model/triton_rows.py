@@ -39,12 +39,22 @@ def _store_row(row, offsets, mask, y, output, output_scales, width, TO_FP8: tl.c
 
 
 @triton.jit
+def _load_sum(places, mask, part_stride, NUM_PARTS: tl.constexpr):
+    """A ScaledOutput's values in float32, its parts added up."""
+    x = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, NUM_PARTS):
+        x += tl.load(places + part * part_stride, mask=mask, other=0.0)
+    return x
+
+
+@triton.jit
 def _load_channels(
     values, row_scales, channel_scales, bias, row, offsets, mask, stride,
-    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Channels `offsets` of one row of a ScaledOutput, in float32."""
-    x = tl.load(values + row.to(tl.int64) * stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    """Channels `offsets` of one row of a ScaledOutput, in float32; there is a program for each row."""
+    places = values + row.to(tl.int64) * stride + offsets
+    x = _load_sum(places, mask, tl.num_programs(0) * stride, NUM_PARTS)
     if HAS_SCALES:
         x = x * tl.load(row_scales + row) * tl.load(channel_scales + offsets, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -57,7 +67,7 @@ def _add_rms_norm_kernel(
     values, row_scales, channel_scales, bias, residual, weight, new_residual, output, output_scales,
     width, eps,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TO_FP8: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
@@ -65,7 +75,7 @@ def _add_rms_norm_kernel(
     gain = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     x = _load_channels(
-        values, row_scales, channel_scales, bias, row, offsets, mask, width, HAS_SCALES, HAS_BIAS
+        values, row_scales, channel_scales, bias, row, offsets, mask, width, HAS_SCALES, HAS_BIAS, NUM_PARTS
     )
     stored = weight.dtype.element_ty
     place = row.to(tl.int64) * width + offsets
@@ -81,11 +91,11 @@ def _add_rms_norm_kernel(
 
 @triton.jit
 def _load_tile(
-    values, row_scale, channel_scales, bias, places, channels, mask,
-    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    values, row_scale, channel_scales, bias, places, channels, mask, part_stride,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
 ):  # fmt: skip
     """[rows, channels] of a ScaledOutput, rounded to DTYPE, in float32."""
-    x = tl.load(values + places, mask=mask, other=0.0).to(tl.float32)
+    x = _load_sum(values + places, mask, part_stride, NUM_PARTS)
     is_channel = channels >= 0
     if HAS_SCALES:
         x = x * row_scale[:, None] * tl.load(channel_scales + channels, mask=is_channel, other=0.0)[None, :]
@@ -98,7 +108,7 @@ def _load_tile(
 def _silu_mul_kernel(
     values, row_scales, channel_scales, bias, output, part_amax, num_rows, width,
     DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_AMAX: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    NUM_PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A part of some rows; with HAS_AMAX also each row's largest magnitude in this part."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -112,12 +122,14 @@ def _silu_mul_kernel(
     gate_channels = tl.where(channels < width, channels, -1)
     up_channels = tl.where(channels < width, channels + width, -1)
     places = rows.to(tl.int64)[:, None] * (2 * width) + channels[None, :]
+    part_stride = num_rows * (2 * width)
     gate = _load_tile(
-        values, row_scale, channel_scales, bias, places, gate_channels, mask, DTYPE, HAS_SCALES, HAS_BIAS
-    )
+        values, row_scale, channel_scales, bias, places, gate_channels, mask, part_stride,
+        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+    )  # fmt: skip
     up = _load_tile(
-        values, row_scale, channel_scales, bias, places + width, up_channels, mask,
-        DTYPE, HAS_SCALES, HAS_BIAS,
+        values, row_scale, channel_scales, bias, places + width, up_channels, mask, part_stride,
+        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
     )  # fmt: skip
     active = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
     y = (active * up).to(DTYPE)
@@ -172,7 +184,7 @@ def add_rms_norm(
     eps: float,
     to_fp8: bool,
 ) -> tuple[torch.Tensor | Fp8Rows, torch.Tensor]:
-    num_rows, width = x.values.shape
+    num_rows, width = x.values.shape[-2:]
     output, scales = _output(num_rows, width, weight.dtype, x.values.device, to_fp8)
     new_residual = x.values if residual is None else torch.empty_like(residual)
     pdl = has_dependent_launch(x.values.device)
@@ -180,14 +192,14 @@ def add_rms_norm(
     _add_rms_norm_kernel[(num_rows,)](
         *_pointers(x), residual, weight, new_residual, output, scales, width, eps,
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None,
-        HAS_RESIDUAL=residual is not None, TO_FP8=to_fp8,
+        HAS_RESIDUAL=residual is not None, TO_FP8=to_fp8, NUM_PARTS=x.num_parts,
         BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=_num_warps(block),
     )  # fmt: skip
     return (Fp8Rows(output, scales) if to_fp8 else output), new_residual
 
 
 def silu_mul(x: ScaledOutput, dtype: torch.dtype, to_fp8: bool) -> torch.Tensor | Fp8Rows:
-    num_rows, width = x.values.shape[0], x.values.shape[1] // 2
+    num_rows, width = x.values.shape[-2], x.values.shape[-1] // 2
     device = x.values.device
     num_parts = triton.cdiv(width, SILU_BLOCK)
     plain = torch.empty(num_rows, width, dtype=dtype, device=device)
@@ -197,7 +209,7 @@ def silu_mul(x: ScaledOutput, dtype: torch.dtype, to_fp8: bool) -> torch.Tensor 
     _silu_mul_kernel[(triton.cdiv(num_rows, block_rows), num_parts)](
         *_pointers(x), plain, part_amax, num_rows, width, DTYPE=TRITON_DTYPES[dtype],
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, HAS_AMAX=to_fp8,
-        BLOCK_ROWS=block_rows, BLOCK=SILU_BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4,
+        NUM_PARTS=x.num_parts, BLOCK_ROWS=block_rows, BLOCK=SILU_BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return _quantize_parts(plain, part_amax, pdl) if to_fp8 else plain
 
