@@ -149,6 +149,30 @@ def test_few_rows_wait_for_the_kernel_that_makes_them() -> None:
         assert (results[0].float() - expected).norm() < 5 * MAX_ERROR * expected.norm()
 
 
+def test_kernels_of_few_rows_are_compiled_before_a_step_needs_them() -> None:
+    from longshore_server.native.gemm.gluon_few_rows import ROW_BLOCKS, _few_rows_kernel
+    from longshore_server.native.gpu.warm_products import ProductWarmer
+    from longshore_server.native.model.products import make_product
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    linears = [torch.nn.Linear(1024, 1088, False, device, torch.bfloat16) for _ in range(3)]
+    gemm = GpuGemm(None, [])
+    model = torch.nn.ModuleList(
+        [make_product(linears[:1], True, gemm), make_product(linears[1:2], False, gemm)]
+    )
+    model += [make_product(linears[2:], False)]  # not multiplied by it
+    warmer = ProductWarmer(model, device, ROW_BLOCKS)
+    warmer._executor.shutdown(wait=True)
+    compiled = _few_rows_kernel.device_caches[device.index][0]
+    num_kernels = len(compiled)
+    with torch.inference_mode():
+        for product in model[:2]:
+            for num_rows in range(2, 65):
+                product(torch.zeros(num_rows, 1024, device=device, dtype=torch.bfloat16))
+    assert len(compiled) == num_kernels
+    warmer.close()
+
+
 @torch.inference_mode()
 def test_what_a_plan_cannot_do_is_left_to_torch(caplog) -> None:
     torch.manual_seed(1)

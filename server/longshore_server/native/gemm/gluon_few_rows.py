@@ -59,7 +59,7 @@ def _load_stage(
         tma.async_copy_global_to_shared(rows, [0, column], barrier, rows_stage, pred=is_wanted)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "tiles_per_program"])  # each form takes a while to compile
 def _few_rows_kernel(
     weight, rows, output, num_rows, num_outputs, tiles_per_program,
     NUM_STEPS: gl.constexpr, NUM_SPLITS: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,

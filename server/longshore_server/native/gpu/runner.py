@@ -27,6 +27,7 @@ from longshore_server.native.attention.triton_context import (
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
 from longshore_server.native.attention.triton_pages import page_picker
+from longshore_server.native.gemm.gluon_few_rows import ROW_BLOCKS
 from longshore_server.native.gpu.graphs import CAPTURING, CaptureThread, StepGraphs, bucket_of
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
@@ -50,6 +51,7 @@ from longshore_server.native.gpu.triton_sampling import (
     sample_filtered_rows,
     sample_rows,
 )
+from longshore_server.native.gpu.warm_products import ProductWarmer
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageFeatures, model_inputs, shows_image
 from longshore_server.native.pieces import cut_sparse_rows, tokens_of_chunks
@@ -100,6 +102,7 @@ class GpuRunner:
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
         is_alone = self._is_cuda and self._keeps_rows and not on_ranks
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
+        self._warmer = ProductWarmer(model, cache.device, ROW_BLOCKS) if is_alone else None
         self._graphs = StepGraphs(self._decode_forward, cache.device, self._capture_thread)
         self._mixed_graphs = StepGraphs(self._padded_forward, cache.device, self._capture_thread)
         num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)
@@ -126,6 +129,8 @@ class GpuRunner:
         self._mixed_graphs.close()
         if self._capture_thread is not None:
             self._capture_thread.close()
+        if self._warmer is not None:
+            self._warmer.close()
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
