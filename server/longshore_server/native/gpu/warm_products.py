@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProductWarmer:
-    """Runs a product of each kind on zeros, with each of `row_counts`, on a thread and a stream of its own."""
+    """Runs a product of each kind on zeros, for each of `row_counts`, on a thread and a stream of its own."""
 
     def __init__(self, model: nn.Module, device: torch.device, row_counts: Sequence[int]) -> None:
         self._device = device
