@@ -150,7 +150,7 @@ def test_few_rows_wait_for_the_kernel_that_makes_them() -> None:
 
 
 def test_kernels_of_few_rows_are_compiled_before_a_step_needs_them() -> None:
-    from longshore_server.native.gemm.gluon_few_rows import ROW_BLOCKS, _few_rows_kernel
+    from longshore_server.native.gemm.gluon_few_rows import _few_rows_kernel
     from longshore_server.native.gpu.warm_products import ProductWarmer
     from longshore_server.native.model.products import make_product
 
@@ -161,7 +161,7 @@ def test_kernels_of_few_rows_are_compiled_before_a_step_needs_them() -> None:
         [make_product(linears[:1], True, gemm), make_product(linears[1:2], False, gemm)]
     )
     model += [make_product(linears[2:], False)]  # not multiplied by it
-    warmer = ProductWarmer(model, device, ROW_BLOCKS)
+    warmer = ProductWarmer(model, device)
     warmer._executor.shutdown(wait=True)
     compiled = _few_rows_kernel.device_caches[device.index][0]
     num_kernels = len(compiled)

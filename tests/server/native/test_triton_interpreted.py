@@ -189,6 +189,21 @@ def test_few_rows_take_every_tile_once(num_tiles, num_steps, num_multiprocessors
     assert of.num_programs <= max(num_multiprocessors, of.num_splits)
 
 
+def test_another_tritons_gluon_is_left_alone(monkeypatch, caplog) -> None:
+    import triton
+
+    from longshore_server.native.gemm.multiply import few_rows_kernel
+
+    few_rows_kernel.cache_clear()
+    module = few_rows_kernel()
+    assert module is not None and module.__name__.endswith("gluon_few_rows")
+    few_rows_kernel.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert few_rows_kernel() is None and few_rows_kernel() is None
+    assert len(caplog.records) == 1 and "3.10.0" in caplog.text
+    few_rows_kernel.cache_clear()
+
+
 def test_the_kernels_of_one_row_and_of_few_compile_for_hopper(tmp_path) -> None:
     """Neither can be interpreted; what they compute is tested on a GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -176,8 +176,12 @@ def multiply_few_rows(
 
 
 def _descriptor(matrix: torch.Tensor, height: int, width: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([height, width], GLUON_DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [height, width], layout)
+    return TensorDescriptor.from_tensor(matrix, [height, width], _layout(height, width, matrix.dtype))
+
+
+@functools.cache
+def _layout(height: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([height, width], GLUON_DTYPES[dtype])
 
 
 @functools.cache

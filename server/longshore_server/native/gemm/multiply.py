@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ from longshore_server.native.model.fp8 import FP8_DTYPE, unit_scale
 logger = logging.getLogger(__name__)
 
 KEPT_MATMULS = 4096  # prompts come in many lengths
+GLUON_VERSION = ("3", "6")  # of Triton
 
 
 class Gemm(Protocol):
@@ -74,6 +76,22 @@ def multiply_invariant(
     return triton_invariant.multiply(rows, weight, bias, dtype)
 
 
+@functools.cache
+def few_rows_kernel() -> ModuleType | None:
+    """The module `gluon_few_rows`; None where Triton is not the one whose Gluon it is written in."""
+    import triton  # on GPUs only
+
+    if tuple(triton.__version__.split(".")[:2]) != GLUON_VERSION:
+        words = (
+            "few rows are multiplied by cuBLASLt: their kernel is written in Gluon of Triton %s, this is %s"
+        )
+        logger.warning(words, ".".join(GLUON_VERSION), triton.__version__)
+        return None
+    from longshore_server.native.gemm import gluon_few_rows
+
+    return gluon_few_rows
+
+
 class GpuGemm:
     """The fastest way known: our own kernels for one row and few, a measured algorithm, or torch's choice."""
 
@@ -92,12 +110,19 @@ class GpuGemm:
         may_split: bool = False,
     ) -> torch.Tensor:
         if rows.is_cuda:
-            from longshore_server.native.gemm import gluon_few_rows, triton_gemv  # triton is on GPUs only
+            from longshore_server.native.gemm import triton_gemv  # triton is on GPUs only
 
             if triton_gemv.can_multiply(rows, weight):
                 return triton_gemv.multiply_row(rows, weight, bias, dtype)
-            if bias is None and gluon_few_rows.can_multiply(rows, weight):
-                return gluon_few_rows.multiply_few_rows(rows, weight, dtype, may_split)
+            few_rows = few_rows_kernel()
+            if few_rows is not None and bias is None and few_rows.can_multiply(rows, weight):
+                return few_rows.multiply_few_rows(rows, weight, dtype, may_split)
+        return self.multiply_by_library(rows, weight, bias, dtype)
+
+    def multiply_by_library(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """By a measured algorithm or torch's choice."""
         if self._tables and bias is None and _is_aligned(rows) and _is_aligned(weight):
             matmul = self._matmul(rows.dtype, dtype, rows.shape[0], *weight.shape)
             if matmul is not None:

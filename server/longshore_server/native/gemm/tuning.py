@@ -16,9 +16,8 @@ from statistics import median
 
 import torch
 
-from longshore_server.native.gemm import gluon_few_rows
 from longshore_server.native.gemm.cublaslt import CublasLt, CublasLtError, Matmul, guesses
-from longshore_server.native.gemm.multiply import multiply_by_torch
+from longshore_server.native.gemm.multiply import few_rows_kernel, multiply_by_torch
 from longshore_server.native.gemm.plans import Algorithm, Plan, Product
 from longshore_server.native.model.fp8 import FP8_DTYPE, Fp8Rows, ScaledOutput
 from longshore_server.native.model.fused_ops import add_rms_norm, quantize_rows
@@ -97,9 +96,9 @@ class ProductTuner:
 
     def tune(self, last_rows: Sequence[int]) -> Iterator[Tuned]:
         """One result for each range, in order, but for those that a kernel of our own takes."""
-        before = 0
+        before, own = 0, few_rows_kernel()
         for last_row in last_rows:
-            if not gluon_few_rows.can_multiply(self._rows[:last_row], self._weights[0]):
+            if own is None or not own.can_multiply(self._rows[:last_row], self._weights[0]):
                 yield self._tune_range(before + 1, last_row)
             before = last_row
 

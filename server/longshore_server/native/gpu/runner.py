@@ -27,7 +27,6 @@ from longshore_server.native.attention.triton_context import (
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
 from longshore_server.native.attention.triton_pages import page_picker
-from longshore_server.native.gemm.gluon_few_rows import ROW_BLOCKS
 from longshore_server.native.gpu.graphs import CAPTURING, CaptureThread, StepGraphs, bucket_of
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
@@ -102,7 +101,7 @@ class GpuRunner:
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
         is_alone = self._is_cuda and self._keeps_rows and not on_ranks
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
-        self._warmer = ProductWarmer(model, cache.device, ROW_BLOCKS) if is_alone else None
+        self._warmer = ProductWarmer(model, cache.device) if is_alone else None
         self._graphs = StepGraphs(self._decode_forward, cache.device, self._capture_thread)
         self._mixed_graphs = StepGraphs(self._padded_forward, cache.device, self._capture_thread)
         num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)

@@ -6,21 +6,22 @@ A kernel of few rows takes a quarter of a second the first time, on a machine th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
-from longshore_server.native.gemm.multiply import GpuGemm
+from longshore_server.native.gemm.multiply import GpuGemm, few_rows_kernel
 
 logger = logging.getLogger(__name__)
 
 
 class ProductWarmer:
-    """Runs a product of each kind on zeros, for each of `row_counts`, on a thread and a stream of its own."""
+    """Runs a product of each kind on zeros, of every number of rows that has a kernel, on its own thread."""
 
-    def __init__(self, model: nn.Module, device: torch.device, row_counts: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        few_rows = few_rows_kernel()
+        row_counts = () if few_rows is None else few_rows.ROW_BLOCKS
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._executor = ThreadPoolExecutor(1, "warm-products")
