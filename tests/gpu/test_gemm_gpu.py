@@ -103,7 +103,7 @@ def test_few_rows_times_a_matrix() -> None:
             memory = _matrix(product, 100)
             memory.view(torch.uint8)[64:] = 0xFF  # not numbers
             most = gluon_few_rows.MAX_ROWS[weight.element_size()]
-            for num_rows in {2, 7, 8, 9, 31, 32, 33, most} - {33 if most == 32 else 0}:
+            for num_rows in (each for each in (2, 7, 8, 9, 31, 32, 33, 64) if each <= most):
                 rows = memory[64 - num_rows : 64]
                 assert gluon_few_rows.can_multiply(rows, weight)
                 whole = gluon_few_rows.multiply_few_rows(rows, weight, output_dtype)

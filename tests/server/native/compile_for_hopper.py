@@ -44,13 +44,13 @@ def compile_few_rows_kernel(dtype: gl.dtype, tile_height: int, row_block: int) -
         layout = gl.NVMMASharedLayout.get_default_for([height, width], dtype)
         return f"tensordesc<{dtype.name}[{height}, {width}],{layout!r}>"
 
-    constants = {"NUM_STEPS": 32, "NUM_SPLITS": 2, "NUM_STAGES": 3, "PDL": True}
-    constants["num_warps"] = gluon_few_rows.NUM_WARPS
+    num_warps = gluon_few_rows.NUM_WARPS
+    constants = {"NUM_STEPS": 32, "NUM_SPLITS": 2, "NUM_STAGES": 3, "num_warps": num_warps}
     types = {"weight": descriptor(tile_height), "rows": descriptor(row_block), "output": "*fp32"}
     types |= {"num_rows": "i32", "num_outputs": "i32", "tiles_per_program": "i32"}
     types |= dict.fromkeys(constants, "constexpr")
     source = GluonASTSource(gluon_few_rows._few_rows_kernel, types, constants, {})
-    options = {"num_warps": gluon_few_rows.NUM_WARPS, "launch_pdl": True}
+    options = {"num_warps": num_warps, "launch_pdl": True}
     return triton.compile(source, target=HOPPER, options=options).asm["ptx"]  # type: ignore[no-any-return]
 
 

@@ -71,6 +71,11 @@ def cublaslt_of(device: torch.device) -> CublasLt:
     return CublasLt(device)
 
 
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Contiguous and at a multiple of ALIGNMENT_BYTES, as vector and TMA loads of a whole matrix want it."""
+    return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT_BYTES == 0
+
+
 class Matmul:
     """Rows [num_rows, width] times a weight [num_outputs, width] transposed, by one algorithm.
 

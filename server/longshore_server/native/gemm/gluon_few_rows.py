@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longshore_server.native.gemm.cublaslt import is_aligned
 from longshore_server.native.gpu.triton_overlap import wait_for_previous
 
 HOPPER = 9  # major number of the compute capability
@@ -43,27 +44,17 @@ GLUON_DTYPES = {
 
 
 @gluon.jit
-def _load_stage(
-    weight, rows, weight_stage, rows_stage, barrier, output, column, is_wanted,
-    WEIGHT: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Starts to load what one step along the width reads: the part of the weight, that of the rows, or both.
-
-    The barrier counts the bytes of both from the weight on.
-    """
-    if WEIGHT:
-        num_bytes: gl.constexpr = weight.block_type.nbytes + rows.block_type.nbytes
-        mbarrier.expect(barrier, num_bytes, pred=is_wanted)
-        tma.async_copy_global_to_shared(weight, [output, column], barrier, weight_stage, pred=is_wanted)
-    if ROWS:
-        tma.async_copy_global_to_shared(rows, [0, column], barrier, rows_stage, pred=is_wanted)
+def _load_weight(weight, rows, stage, barrier, output, column, is_wanted):
+    """Starts to load a part of the weight; the barrier then counts the rows that go with it, too."""
+    num_bytes: gl.constexpr = weight.block_type.nbytes + rows.block_type.nbytes
+    mbarrier.expect(barrier, num_bytes, pred=is_wanted)
+    tma.async_copy_global_to_shared(weight, [output, column], barrier, stage, pred=is_wanted)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "tiles_per_program"])  # each form takes a while to compile
 def _few_rows_kernel(
     weight, rows, output, num_rows, num_outputs, tiles_per_program,
-    NUM_STEPS: gl.constexpr, NUM_SPLITS: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
-    num_warps: gl.constexpr,
+    NUM_STEPS: gl.constexpr, NUM_SPLITS: gl.constexpr, NUM_STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Some neighbouring tiles, along one of the parts of the width, in `NUM_STEPS` each."""
     TILE: gl.constexpr = weight.block_type.shape[0]
@@ -82,17 +73,17 @@ def _few_rows_kernel(
         mbarrier.init(loaded.index(early), count=1)
     fence_async_shared()
     for early in gl.static_range(NUM_STAGES):
-        _load_stage(
-            weight, rows, weights.index(early), numbers.index(early), loaded.index(early),
-            (first_tile + early // NUM_STEPS) * TILE, (first_step + early % NUM_STEPS) * WIDTH,
-            early < num_loads, True, False,
-        )  # fmt: skip
-    wait_for_previous(PDL)
+        output_place = (first_tile + early // NUM_STEPS) * TILE
+        column = (first_step + early % NUM_STEPS) * WIDTH
+        _load_weight(
+            weight, rows, weights.index(early), loaded.index(early), output_place, column, early < num_loads
+        )
+    wait_for_previous(True)
     for early in gl.static_range(NUM_STAGES):
-        _load_stage(
-            weight, rows, weights.index(early), numbers.index(early), loaded.index(early),
-            0, (first_step + early % NUM_STEPS) * WIDTH, early < num_loads, False, True,
-        )  # fmt: skip
+        column = (first_step + early % NUM_STEPS) * WIDTH
+        tma.async_copy_global_to_shared(
+            rows, [0, column], loaded.index(early), numbers.index(early), pred=early < num_loads
+        )
 
     K_BITS: gl.constexpr = 256  # of an operand of one tensor core instruction
     sums: gl.constexpr = gl.NVMMADistributedLayout(
@@ -115,11 +106,15 @@ def _few_rows_kernel(
             total = warpgroup_mma_wait(1, [total])
             following = load + NUM_STAGES - 1
             free = following % NUM_STAGES
-            _load_stage(
-                weight, rows, weights.index(free), numbers.index(free), loaded.index(free),
-                (first_tile + following // NUM_STEPS) * TILE, (first_step + following % NUM_STEPS) * WIDTH,
-                (load > 0) & (following < num_loads), True, True,
-            )  # fmt: skip
+            output_place = (first_tile + following // NUM_STEPS) * TILE
+            column = (first_step + following % NUM_STEPS) * WIDTH
+            is_wanted = (load > 0) & (following < num_loads)
+            _load_weight(
+                weight, rows, weights.index(free), loaded.index(free), output_place, column, is_wanted
+            )
+            tma.async_copy_global_to_shared(
+                rows, [0, column], loaded.index(free), numbers.index(free), pred=is_wanted
+            )
         total = warpgroup_mma_wait(0, [total])
         result = gl.convert_layout(total.to(output.dtype.element_ty), stored)
         gl.store(places + (first_tile + tile) * TILE, result, mask=tokens < num_rows)
@@ -145,7 +140,8 @@ def can_multiply(rows: torch.Tensor, weight: torch.Tensor) -> bool:
         and rows.dtype in GLUON_DTYPES
         and num_outputs % TILE_HEIGHTS[-1] == 0
         and width * rows.element_size() % STAGE_BYTES == 0
-        and all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in (rows, weight))
+        and is_aligned(rows)
+        and is_aligned(weight)
         and _multiprocessors(rows.device) > 0
     )
 
@@ -159,10 +155,10 @@ def multiply_few_rows(
     unscaled.
     """
     (num_rows, width), num_outputs = rows.shape, weight.shape[0]
-    num_steps = width * rows.element_size() // STAGE_BYTES
+    step_width = STAGE_BYTES // rows.element_size()
+    num_steps = width // step_width
     row_block = next(each for each in ROW_BLOCKS if each >= num_rows)
     of = _launch_of(num_outputs, num_steps, _multiprocessors(rows.device), may_split)
-    step_width = width // num_steps
     num_stages = SHARED_BYTES // ((of.tile_height + row_block) * STAGE_BYTES)
     shape = (num_rows, num_outputs) if of.num_splits == 1 else (of.num_splits, num_rows, num_outputs)
     output = torch.empty(shape, dtype=dtype if of.num_splits == 1 else torch.float32, device=rows.device)
@@ -170,7 +166,7 @@ def multiply_few_rows(
         _descriptor(weight, of.tile_height, step_width), _descriptor(rows, row_block, step_width), output,
         num_rows, num_outputs, of.tiles_per_program,
         NUM_STEPS=num_steps // of.num_splits, NUM_SPLITS=of.num_splits, NUM_STAGES=num_stages,
-        PDL=True, launch_pdl=True, num_warps=NUM_WARPS,
+        launch_pdl=True, num_warps=NUM_WARPS,
     )  # fmt: skip
     return output
 

@@ -14,11 +14,11 @@ from torch.nn.functional import linear
 
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.gemm.cublaslt import (
-    ALIGNMENT_BYTES,
     CublasLt,
     CublasLtError,
     Matmul,
     cublaslt_of,
+    is_aligned,
 )
 from longshore_server.native.gemm.plans import Plans, Product, dtype_name, find_plans
 from longshore_server.native.model.fp8 import FP8_DTYPE, unit_scale
@@ -123,7 +123,7 @@ class GpuGemm:
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """By a measured algorithm or torch's choice."""
-        if self._tables and bias is None and _is_aligned(rows) and _is_aligned(weight):
+        if self._tables and bias is None and is_aligned(rows) and is_aligned(weight):
             matmul = self._matmul(rows.dtype, dtype, rows.shape[0], *weight.shape)
             if matmul is not None:
                 return matmul(rows, weight)
@@ -163,7 +163,3 @@ def _tables_for(device: torch.device, folder: Path) -> tuple[CublasLt | None, li
         logger.warning("products are multiplied as torch chooses: %s", error)
         return None, []
     return lt, find_plans(torch.cuda.get_device_name(index), lt.version, folder)
-
-
-def _is_aligned(matrix: torch.Tensor) -> bool:
-    return matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT_BYTES == 0

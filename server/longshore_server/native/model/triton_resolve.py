@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from longshore_server.native.model.fp8 import ScaledOutput
-from longshore_server.native.model.triton_rows import _load_sum
+from longshore_server.native.model.triton_rows import _load_sum, _pointers
 
 BLOCK = 1024
 
@@ -33,15 +33,13 @@ def resolve(product: ScaledOutput, dtype: torch.dtype) -> torch.Tensor:
     values = product.values if product.values.stride(-1) == 1 else product.values.contiguous()
     num_rows, num_columns = values.shape[-2:]
     output = torch.empty(num_rows, num_columns, dtype=dtype, device=values.device)
-    has_scales = product.row_scales is not None
     _resolve_kernel[(num_rows, triton.cdiv(num_columns, BLOCK))](
         values,
-        product.row_scales if has_scales else values,
-        product.channel_scales if has_scales else values,
+        *_pointers(product)[1:3],
         output,
         num_columns,
         values.stride(-2),
-        HAS_SCALES=has_scales,
+        HAS_SCALES=product.row_scales is not None,
         NUM_PARTS=product.num_parts,
         BLOCK=BLOCK,
         num_warps=4,
