@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
+from longshore_server.native.attention.interface import DecodeRows
 from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
 
@@ -148,3 +150,110 @@ def test_splits_are_added_up_in_the_same_order_every_time(rows) -> None:
         outputs.append(output)
     assert all(torch.equal(output, outputs[0]) for output in outputs) and outputs[0].isfinite().all()
     assert not arrivals.any()
+
+
+PRODUCT_HEADS = [(64, 8, 128), (32, 8, 128), (28, 4, 128), (16, 16, 128), (32, 8, 64), (16, 1, 64)]
+PRODUCT_CONTEXTS = {
+    "one": [300],
+    "long": [1, 5000],
+    "few": [2, 16, 17, 64, 65, 66, 0],
+    "many": [*(1 + 21 * index for index in range(37)), 0, 9000, 0],
+}
+PRODUCT_FORMS = ["plain", "scaled", "in parts", "normed"]
+
+
+def _product(form: str, num_rows: int, heads: tuple[int, int, int]):
+    from longshore_server.native.attention.interface import QkvProduct
+    from longshore_server.native.model.fp8 import ScaledOutput
+
+    num_heads, num_kv_heads, dim = heads
+    shape = (num_rows, (num_heads + 2 * num_kv_heads) * dim)
+    channels, norms = ScaledOutput(torch.randn(shape, device="cuda").bfloat16()), None
+    if form == "scaled":
+        scales = torch.rand(num_rows, device="cuda") + 0.5, torch.rand(shape[1], device="cuda") + 0.5
+        channels = ScaledOutput(channels.values, *scales, torch.randn(shape[1], device="cuda").bfloat16())
+    elif form == "in parts":
+        channels = ScaledOutput(torch.randn(2, *shape, device="cuda"))
+    elif form == "normed":
+        norms = (*(torch.rand(2, dim, device="cuda").bfloat16() + 0.5), 1e-5)
+    angles = torch.rand(num_rows, dim // 2, device="cuda").repeat(1, 2) * 6
+    return QkvProduct(
+        channels, angles.cos().bfloat16(), angles.sin().bfloat16(), num_heads, num_kv_heads, norms
+    )
+
+
+@pytest.mark.parametrize("form", PRODUCT_FORMS)
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("heads", PRODUCT_HEADS, ids=str)
+@pytest.mark.parametrize("contexts", list(PRODUCT_CONTEXTS))
+def test_products_are_attended_as_their_heads_are(contexts, heads, window, form) -> None:
+    """Whose keys and values stand in the cache before dense attention; stale memory is NaN."""
+    from longshore_server.native.attention.triton_context import TritonContext, make_context
+    from longshore_server.native.model.fused_ops import split_qkv
+
+    num_heads, num_kv_heads, dim = heads
+    lens = PRODUCT_CONTEXTS[contexts]
+    cache, spans = _batch([(1, context) for context in lens], num_kv_heads, dim, torch.bfloat16)
+    for span in spans:
+        old = torch.arange(max(span.context_len - 1, 0), device="cuda")
+        table = torch.tensor([*span.block_table, 0], device="cuda")
+        for pages in (cache.keys[0], cache.values[0]):
+            drawn = torch.randn(len(old), num_kv_heads, dim, device="cuda").bfloat16()
+            pages[table[old // BLOCK_SIZE], old % BLOCK_SIZE] = drawn
+    tables = make_context(
+        cache, BatchLayout([span for span in spans if span.context_len], [], BLOCK_SIZE)
+    ).tables
+    places = torch.full((len(lens),), -1, dtype=torch.int64, device="cuda")
+    real = torch.tensor([context > 0 for context in lens], device="cuda")
+    places[real] = tables.slots
+    rows = torch.zeros_like(places)
+    rows[real] = tables.decodes.table_rows
+    all_lens = torch.tensor(lens, device="cuda")
+    arrivals = torch.zeros(len(lens) * num_kv_heads, dtype=torch.int32, device="cuda")
+    tables = dataclasses.replace(
+        tables,
+        slots=places,
+        num_decodes=len(lens),
+        decodes=DecodeRows(rows, all_lens, all_lens),
+        arrivals=arrivals,
+    )
+    product = _product(form, len(lens), heads)
+    before = [pages.clone() for pages in (cache.keys[0], cache.values[0])]
+    context = TritonContext(cache, tables)
+    assert context.takes(0, product)
+    torch.cuda.synchronize()
+    output = context.attend_product(0, product, dim**-0.5, window)
+    mine = [pages.clone() for pages in (cache.keys[0], cache.values[0])]
+    for pages, kept in zip((cache.keys[0], cache.values[0]), before, strict=True):
+        pages.copy_(kept)
+    query, *_ = split_qkv(
+        product.channels,
+        product.cos,
+        product.sin,
+        num_heads,
+        num_kv_heads,
+        product.norms,
+        target=context.kv_target(0),
+        keep_rows=False,
+    )
+    for pages, written, kept in zip((cache.keys[0], cache.values[0]), mine, before, strict=True):
+        near = torch.isclose(written.float(), pages.float(), rtol=0.02, atol=0.02, equal_nan=True)
+        assert near.all()
+        assert ((written.view(torch.int16) != kept.view(torch.int16)).any((2, 3)).sum()) <= len(tables.slots)
+    for row, span in enumerate(spans):
+        if not span.context_len:
+            assert not output[row].any()
+            continue
+        tokens = torch.arange(span.context_len, device="cuda")
+        table = torch.tensor(span.block_table, device="cuda")
+        keys, values = (
+            pages[table[tokens // BLOCK_SIZE], tokens % BLOCK_SIZE]
+            for pages in (cache.keys[0], cache.values[0])
+        )
+        expected = _dense(query[row : row + 1], keys, values, dim**-0.5, window)
+        error = (output[row : row + 1].float() - expected).norm() / expected.norm()
+        assert error < 1e-2, (row, error)
+    assert not arrivals.any()
+    for _ in range(20):
+        again = context.attend_product(0, product, dim**-0.5, window)
+        assert torch.equal(again, output)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longshore.seeds import row_keys
@@ -94,6 +94,24 @@ def test_sparse_rows_see_sink_window_and_their_best_pages(sparsity, heads) -> No
     sequences = [Rows(1, 3, 2), Rows(1, 90, 11), Rows(1, 70, 70), Rows(9, 9, 9), Rows(4, 130, 128)]
     batch = SparseBatch(sequences, (num_heads, num_kv_heads), dim=dim, page_tokens=SIZE)
     assert torch.allclose(batch.attend(make, sparsity), batch.expected(sparsity), atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=64), st.sampled_from([1, 2, 8, 32]))
+@settings(max_examples=40, deadline=None)  # the interpreter takes its time
+def test_parts_have_every_tile_of_every_row_once(lens, num_kv_heads) -> None:
+    from longshore_server.native.attention import triton_parts
+
+    tile = triton_parts.TILE_TOKENS
+    parts = triton_parts.cut_contexts(torch.tensor(lens), num_kv_heads).tolist()
+    used = [part for part in parts if part[0] >= 0]
+    assert parts[: len(used)] == used and [part[0] for part in used] == sorted(part[0] for part in used)
+    for row, length in enumerate(lens):
+        mine = [(number, part) for number, part in enumerate(used) if part[0] == row]
+        places = [place for _, (_, low, end, *_) in mine for place in range(low, end)]
+        assert places == list(range(-(-max(length - 1, 0) // tile)))
+        assert {tuple(part[3:5]) for _, part in mine} == {(mine[0][0], len(mine))}
+        sizes = [end - low for _, (_, low, end, *_) in mine]
+        assert len(mine) == 1 or min(sizes) > 0, "a part of a context that is cut has something to do"
 
 
 # --- layers ---
@@ -193,15 +211,16 @@ def test_another_tritons_gluon_is_left_alone(monkeypatch, caplog) -> None:
     import triton
 
     from longshore_server.native.gemm.multiply import few_rows_kernel
+    from longshore_server.native.gpu.gluon import knows_gluon
 
-    few_rows_kernel.cache_clear()
+    knows_gluon.cache_clear()
     module = few_rows_kernel()
     assert module is not None and module.__name__.endswith("gluon_few_rows")
-    few_rows_kernel.cache_clear()
+    knows_gluon.cache_clear()
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     assert few_rows_kernel() is None and few_rows_kernel() is None
     assert len(caplog.records) == 1 and "3.10.0" in caplog.text
-    few_rows_kernel.cache_clear()
+    knows_gluon.cache_clear()
 
 
 def test_the_kernels_of_one_row_and_of_few_compile_for_hopper(tmp_path) -> None:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from longshore_server.native.attention.kv_cache import KVTarget
 from longshore_server.native.errors import UnsupportedModelError
+from longshore_server.native.model.fp8 import ScaledOutput
 
 ATTENTION_NAME = "longshore_paged"
 CONTEXT_KEYWORD = "longshore_context"
@@ -47,6 +48,18 @@ class DecodeRows:
 
     def __getitem__(self, rows: slice) -> DecodeRows:
         return DecodeRows(self.table_rows[rows], self.context_lens[rows], self.prompt_lens[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class QkvProduct:
+    """The merged query, key and value product of some rows, and what makes heads of it, as in split_qkv()."""
+
+    channels: ScaledOutput  # [rows, (num_heads + 2 * num_kv_heads) * head_dim]
+    cos: torch.Tensor  # [rows, head_dim]; the heads have its dtype
+    sin: torch.Tensor
+    num_heads: int
+    num_kv_heads: int
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None  # q and k weight [head_dim], eps
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +97,16 @@ class FusedContext(AttentionContext):
     @abstractmethod
     def kv_target(self, layer_index: int) -> KVTarget:
         """Where a fused kernel puts this step's keys and values; attend_written() is for after that."""
+
+    @abstractmethod
+    def takes(self, layer_index: int, product: QkvProduct) -> bool:
+        """Whether attend_product() is for this step and product; if not, attend_written() is."""
+
+    @abstractmethod
+    def attend_product(
+        self, layer_index: int, product: QkvProduct, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Puts the rows' keys and values into their slots and attends: [tokens, num_heads, head_dim]."""
 
     @abstractmethod
     def attend_written(

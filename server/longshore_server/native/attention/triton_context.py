@@ -12,7 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from longshore_server.native.attention.interface import DecodeRows, FusedContext, SampledRows
+from longshore_server.native.attention.interface import (
+    DecodeRows,
+    FusedContext,
+    QkvProduct,
+    SampledRows,
+)
 from longshore_server.native.attention.kv_cache import KVTarget, PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span, cut_tiles
 from longshore_server.native.attention.triton_decode import decode_attention
@@ -23,7 +28,9 @@ from longshore_server.native.attention.triton_extend import (
     tile_rows,
 )
 from longshore_server.native.attention.triton_pages import PagePicker
+from longshore_server.native.attention.triton_parts import cut_contexts
 from longshore_server.native.attention.triton_write import write_kv
+from longshore_server.native.gpu.gluon import has_gluon
 
 # From this many rows on, a prompt with no cached prefix goes to torch's attention kernels, which are faster.
 MIN_FLASH_ROWS = 512
@@ -55,12 +62,30 @@ class TritonContext(FusedContext):
     """An attention context over a PagedKVCache for one step, in Triton kernels."""
 
     most_tile_rows: ClassVar[int] = MAX_TILE_ROWS  # by which ExtendSpans are cut, see cache_tile_rows
+    # Up to so many decodes a product is attended as it is; more of them gain nothing by it.
+    max_product_rows: ClassVar[int] = 64
 
     def __init__(self, cache: PagedKVCache, tables: StepTables, picker: PagePicker | None = None) -> None:
         """With a `picker` decodes are sparse."""
         self.cache = cache
         self.tables = tables
         self._picker = picker
+        # Made before the model's first kernel, which waits for it: later ones may read it before they wait.
+        self._parts: torch.Tensor | None = None
+        if self._may_take_products():
+            num_kv_heads = max(pages.shape[2] for pages in cache.keys)
+            self._parts = cut_contexts(tables.decodes.context_lens, num_kv_heads)
+
+    def _may_take_products(self) -> bool:
+        """Sparse rows may be of one sequence and see each other's tokens, so only dense ones."""
+        tables = self.tables
+        return (
+            tables.spans is None
+            and 0 < tables.num_decodes <= self.max_product_rows
+            and self._picker is None
+            and tables.arrivals is not None
+            and has_gluon(self.cache.device)
+        )
 
     def check_arguments(self, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
         """Nothing to check: the probe has seen this model's arguments."""
@@ -150,6 +175,31 @@ class TritonContext(FusedContext):
         """A layer's keys and values, and the tables of who has which."""
         return self.cache.keys[layer_index], self.cache.values[layer_index], self.tables.block_tables
 
+    def takes(self, layer_index: int, product: QkvProduct) -> bool:
+        if self._parts is None:
+            return False
+        from longshore_server.native.attention.gluon_decode import can_attend  # needs its Triton
+
+        return can_attend(self.kv_target(layer_index), product.cos.dtype, product.num_heads)
+
+    def attend_product(
+        self, layer_index: int, product: QkvProduct, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Of a step of decodes alone, whose older tokens earlier steps have written."""
+        from longshore_server.native.attention.gluon_decode import attend_product
+
+        assert self._parts is not None and self.tables.arrivals is not None
+        return attend_product(
+            product,
+            self.kv_target(layer_index),
+            self.tables.block_tables,
+            self.tables.decodes,
+            self._parts,
+            scale,
+            window,
+            self.tables.arrivals,
+        )
+
     def attend_written(
         self,
         layer_index: int,
@@ -183,6 +233,7 @@ class InvariantContext(TritonContext):
     """
 
     most_tile_rows: ClassVar[int] = INVARIANT_TILE_ROWS
+    max_product_rows: ClassVar[int] = 0
 
     def __init__(self, cache: PagedKVCache, tables: StepTables, picker: PagePicker | None = None) -> None:
         super().__init__(cache, tables)

@@ -26,7 +26,6 @@ from longshore_server.native.model.fp8 import FP8_DTYPE, unit_scale
 logger = logging.getLogger(__name__)
 
 KEPT_MATMULS = 4096  # prompts come in many lengths
-GLUON_VERSION = ("3", "6")  # of Triton
 
 
 class Gemm(Protocol):
@@ -76,16 +75,11 @@ def multiply_invariant(
     return triton_invariant.multiply(rows, weight, bias, dtype)
 
 
-@functools.cache
 def few_rows_kernel() -> ModuleType | None:
     """The module `gluon_few_rows`; None where Triton is not the one whose Gluon it is written in."""
-    import triton  # on GPUs only
+    from longshore_server.native.gpu.gluon import knows_gluon  # triton is on GPUs only
 
-    if tuple(triton.__version__.split(".")[:2]) != GLUON_VERSION:
-        words = (
-            "few rows are multiplied by cuBLASLt: their kernel is written in Gluon of Triton %s, this is %s"
-        )
-        logger.warning(words, ".".join(GLUON_VERSION), triton.__version__)
+    if not knows_gluon():
         return None
     from longshore_server.native.gemm import gluon_few_rows
 

@@ -18,6 +18,7 @@ from longshore_server.native.attention.interface import (
     CONTEXT_KEYWORD,
     AttentionContext,
     FusedContext,
+    QkvProduct,
     SampledRows,
 )
 from longshore_server.native.gemm.multiply import Gemm, multiply_by_torch
@@ -60,33 +61,27 @@ class FusedAttention(nn.Module):
         if isinstance(context, FusedContext):
             attended = self._attend_pages(rows, cos, sin, context, only)
         else:
-            attended = context.attend(self.layer_index, *self._split(rows, cos, sin), self.scale, self.window)
+            heads = _split(self._product(rows, cos, sin))
+            attended = context.attend(self.layer_index, *heads, self.scale, self.window)
         return self.output(attended.reshape(attended.shape[0], -1))  # [tokens, hidden]
 
     def _attend_pages(
         self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, context: FusedContext, only: SampledRows | None
     ) -> torch.Tensor:
         layer = self.layer_index
-        query, key, value = self._split(
-            rows,
-            cos,
-            sin,
-            target=context.kv_target(layer),
-            keep_rows=context.reads_rows,
-        )
+        product = self._product(rows, cos, sin)
+        if only is None and context.takes(layer, product):
+            return context.attend_product(layer, product, self.scale, self.window)
+        query, key, value = _split(product, target=context.kv_target(layer), keep_rows=context.reads_rows)
         if only is not None:
             return context.attend_sampled(layer, query[only.rows], self.scale, self.window)
         return context.attend_written(layer, query, key, value, self.scale, self.window)
 
-    def _split(
-        self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _product(self, rows: Any, cos: torch.Tensor, sin: torch.Tensor) -> QkvProduct:
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon)
-        return fused_ops.split_qkv(
-            self.qkv(rows), cos, sin, self.num_heads, self.num_kv_heads, norms, **options
-        )
+        return QkvProduct(self.qkv(rows), cos, sin, self.num_heads, self.num_kv_heads, norms)
 
 
 class FusedMlp(nn.Module):
@@ -210,6 +205,12 @@ def window_of(attention: Any) -> int | None:
     if type(attention).__name__ == "MistralAttention":
         return getattr(attention.config, "sliding_window", None)
     return None
+
+
+def _split(of: QkvProduct, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return fused_ops.split_qkv(
+        of.channels, of.cos, of.sin, of.num_heads, of.num_kv_heads, of.norms, **options
+    )
 
 
 def _norm(module: Any, x: ScaledOutput, residual: torch.Tensor | None, to_fp8: bool) -> Any:

@@ -1,0 +1,78 @@
+"""Cuts the contexts of a step's decodes into parts, one for each program of a decode kernel and KV head.
+
+All layers share the cut, so it is made once a step, on the GPU: a captured launch fits every context length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TILE_TOKENS = 64  # parts end at multiples of it, counted from the first token
+# Enough programs to fill a GPU of this many multiprocessors a few times over, where the rows do not.
+NUM_PROGRAMS_WANTED = 4 * 132
+NUM_PROGRAMS_FULL = 132
+# A part is worth its adding up from so many tiles on, before and after the rows alone fill the GPU.
+MIN_TILES, MIN_TILES_WHEN_FULL = 2, 8
+MIN_SPARE_PARTS = 8  # for contexts that are longer than the others
+NUM_FIELDS = 8  # of a part: its row, first tile, end tile, the row's first part, the row's parts
+
+
+@triton.jit
+def _parts_kernel(
+    context_lens, parts, num_rows, num_parts,
+    TILE: tl.constexpr, MIN_TILES: tl.constexpr, NUM_FIELDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    """No part ends in another row; parts that are left over have no row: -1."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    lens = tl.load(context_lens + rows, mask=rows < num_rows, other=0).to(tl.int32)
+    tiles = tl.cdiv(tl.maximum(lens - 1, 0), TILE)  # the newest token is not in the cache yet
+    # With shares of this size the rows have no more parts than there are.
+    share = tl.maximum(tl.cdiv(tl.sum(tiles), num_parts - num_rows), MIN_TILES)
+    counts = tl.where(rows < num_rows, tl.maximum(tl.cdiv(tiles, share), 1), 0)
+    ends = tl.cumsum(counts, 0)
+
+    numbers = tl.arange(0, BLOCK_PARTS)
+    row = tl.sum((ends[None, :] <= numbers[:, None]).to(tl.int32), 1)
+    is_row = rows[None, :] == row[:, None]
+    count = tl.sum(tl.where(is_row, counts[None, :], 0), 1)
+    first = tl.sum(tl.where(is_row, (ends - counts)[None, :], 0), 1)
+    row_tiles = tl.sum(tl.where(is_row, tiles[None, :], 0), 1)
+    even = tl.cdiv(row_tiles, tl.maximum(count, 1))
+    low = tl.minimum((numbers - first) * even, row_tiles)
+    place = parts + numbers * NUM_FIELDS
+    mask = numbers < num_parts
+    tl.store(place, tl.where(count > 0, row, -1), mask=mask)
+    tl.store(place + 1, low, mask=mask)
+    tl.store(place + 2, tl.minimum(low + even, row_tiles), mask=mask)
+    tl.store(place + 3, first, mask=mask)
+    tl.store(place + 4, count, mask=mask)
+
+
+def part_count(num_rows: int, num_kv_heads: int) -> int:
+    """Parts that so many rows have room for, each row one at least."""
+    wanted = -(-NUM_PROGRAMS_WANTED // num_kv_heads)
+    return max(num_rows + MIN_SPARE_PARTS, 0 if _is_full(num_rows, num_kv_heads) else wanted)
+
+
+def cut_contexts(context_lens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """int32 [parts, NUM_FIELDS] for the rows' `context_lens` [rows], whose last tokens are not cut.
+
+    A row of one token or none has a part without tiles.
+    """
+    num_rows = len(context_lens)
+    num_parts = part_count(num_rows, num_kv_heads)
+    parts = torch.empty(num_parts, NUM_FIELDS, dtype=torch.int32, device=context_lens.device)
+    _parts_kernel[(1,)](
+        context_lens, parts, num_rows, num_parts,
+        TILE=TILE_TOKENS, NUM_FIELDS=NUM_FIELDS,
+        MIN_TILES=MIN_TILES_WHEN_FULL if _is_full(num_rows, num_kv_heads) else MIN_TILES,
+        BLOCK_ROWS=triton.next_power_of_2(num_rows), BLOCK_PARTS=triton.next_power_of_2(num_parts),
+    )  # fmt: skip
+    return parts
+
+
+def _is_full(num_rows: int, num_kv_heads: int) -> bool:
+    return num_rows * num_kv_heads >= NUM_PROGRAMS_FULL
