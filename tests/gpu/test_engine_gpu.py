@@ -218,3 +218,17 @@ def test_random_requests_and_aborts_leave_clean_books(folder) -> None:
     stats = engine.stats()
     assert num_ended == 10_000 and not live
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
+
+
+def test_attention_is_compiled_before_a_step_needs_it(folder) -> None:
+    from longshore_server.native.attention.gluon_decode import _product_decode_kernel
+
+    engine = _engine(folder, enable_prefix_cache=False)
+    warmer = engine._runner._warmer
+    warmer._executor.shutdown(wait=True)
+    compiled = _product_decode_kernel.device_caches[torch.cuda.current_device()][0]
+    num_kernels = len(compiled)
+    assert num_kernels > 0
+    for num_rows in (1, 3, 32):
+        engine.generate(_prompts(*range(20, 20 + num_rows)), GREEDY)
+    assert len(compiled) == num_kernels

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
 from longshore_server.native.gemm.multiply import GpuGemm, multiply_by_torch
 from longshore_server.native.gemm.plans import Algorithm, Plan, Plans, Product, find_plans
 from longshore_server.native.model.fused_ops import quantize_rows
@@ -151,7 +152,7 @@ def test_few_rows_wait_for_the_kernel_that_makes_them() -> None:
 
 def test_kernels_of_few_rows_are_compiled_before_a_step_needs_them() -> None:
     from longshore_server.native.gemm.gluon_few_rows import _few_rows_kernel
-    from longshore_server.native.gpu.warm_products import ProductWarmer
+    from longshore_server.native.gpu.warm_kernels import KernelWarmer
     from longshore_server.native.model.products import make_product
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -161,7 +162,8 @@ def test_kernels_of_few_rows_are_compiled_before_a_step_needs_them() -> None:
         [make_product(linears[:1], True, gemm), make_product(linears[1:2], False, gemm)]
     )
     model += [make_product(linears[2:], False)]  # not multiplied by it
-    warmer = ProductWarmer(model, device)
+    cache = PagedKVCache([LayerGeometry(1, 64, 64)], 1, 16, torch.bfloat16, device)
+    warmer = KernelWarmer(model, cache)
     warmer._executor.shutdown(wait=True)
     compiled = _few_rows_kernel.device_caches[device.index][0]
     num_kernels = len(compiled)

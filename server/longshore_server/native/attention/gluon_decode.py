@@ -8,6 +8,7 @@ way through the cache. Imported on CUDA only.
 from __future__ import annotations
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mma_v2
@@ -21,7 +22,9 @@ from longshore_server.native.gpu.triton_overlap import wait_for_previous
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16  # queries of one KV head: more than a tile of them take too many registers
-NUM_STAGES = 2  # tiles of keys and values under way; three programs fit on a multiprocessor then
+TILES_BYTES = 64 * 1024  # of the tiles of keys and values that are under way
+# Two programs on a multiprocessor: as many as fit would crowd those that the product leaves idle.
+MULTIPROCESSOR_BYTES, NUM_RESIDENT = 228 * 1024, 2
 NUM_WARPS = 4
 LOWEST = gl.constexpr(-1e30)  # of a part that sees no token: finite, so that its weight is 0 and not NaN
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -83,7 +86,11 @@ def _load_tile(
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=["num_rows", "window"])
+# One form, whatever the numbers are and wherever they stand in a step's inputs.
+@gluon.jit(
+    do_not_specialize=["num_rows", "window", "table_stride"],
+    do_not_specialize_on_alignment=["slots", "table_rows", "context_lens"],
+)
 def _product_decode_kernel(
     values, row_scales, channel_scales, bias, cos, sin, q_weight, k_weight,
     key_pages, value_pages, slots, tables, table_rows, context_lens, parts,
@@ -91,7 +98,7 @@ def _product_decode_kernel(
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     PAGE: gl.constexpr, TILE: gl.constexpr, NUM_FIELDS: gl.constexpr, DTYPE: gl.constexpr,
     HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, NUM_PARTS: gl.constexpr,
-    HAS_WINDOW: gl.constexpr, NUM_STAGES: gl.constexpr, num_warps: gl.constexpr,
+    HAS_WINDOW: gl.constexpr, NUM_STAGES: gl.constexpr, SPARE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One part of one row's context, for the queries of one KV head."""
     HALF: gl.constexpr = HEAD_DIM // 2
@@ -119,6 +126,7 @@ def _product_decode_kernel(
         k2_tiles = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, TILE, HALF], shared)
         v1_tiles = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, TILE, HALF], shared)
         v2_tiles = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, TILE, HALF], shared)
+        spare = gl.allocate_shared_memory(DTYPE, [SPARE, HALF], shared)  # see NUM_RESIDENT
         for early in gl.static_range(NUM_STAGES):
             _load_tile(
                 key_pages, value_pages, table, first, end, (low + early) * TILE, kv_head, early,
@@ -219,6 +227,7 @@ def _product_decode_kernel(
                 k1_tiles, k2_tiles, v1_tiles, v2_tiles, NUM_KV_HEADS, PAGE,
             )  # fmt: skip
 
+        spare._keep_alive()
         total = gl.sum(weight_sums, 1) + gl.where(has_newest, gl.exp2(newest - best), 0.0)
         total = gl.where(total > 0, total, 1.0)
         sum1 = sum1 / total[:, None]
@@ -298,6 +307,7 @@ def attend_product(
     q_weight, k_weight, eps = (output, output, 0.0) if product.norms is None else product.norms
     optional = (x.row_scales, x.channel_scales, x.bias)
     group = num_heads // num_kv_heads
+    num_stages, spare = _shared_memory(head_dim, output.element_size())
     _product_decode_kernel[(num_parts, num_kv_heads)](
         x.values, *(x.values if each is None else each for each in optional), product.cos, product.sin,
         q_weight, k_weight, target.keys, target.values, target.slots, tables, rows.table_rows,
@@ -306,7 +316,14 @@ def attend_product(
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_GROUP=tile_side(group), HEAD_DIM=head_dim,
         PAGE=target.keys.shape[1], TILE=TILE_TOKENS, NUM_FIELDS=NUM_FIELDS, DTYPE=GLUON_DTYPES[output.dtype],
         HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, HAS_NORM=product.norms is not None,
-        NUM_PARTS=x.num_parts, HAS_WINDOW=window is not None, NUM_STAGES=NUM_STAGES,
-        launch_pdl=True, num_warps=NUM_WARPS,
+        NUM_PARTS=x.num_parts, HAS_WINDOW=window is not None, NUM_STAGES=num_stages,
+        SPARE=spare, launch_pdl=True, num_warps=NUM_WARPS,
     )  # fmt: skip
     return output
+
+
+def _shared_memory(head_dim: int, num_bytes: int) -> tuple[int, int]:
+    """Tiles under way, and rows of half a head to hold free; `num_bytes` are those of a number."""
+    num_stages = TILES_BYTES // (2 * TILE_TOKENS * head_dim * num_bytes)
+    free_bytes = MULTIPROCESSOR_BYTES // (NUM_RESIDENT + 1) - TILES_BYTES
+    return num_stages, triton.next_power_of_2(free_bytes // (head_dim // 2 * num_bytes))

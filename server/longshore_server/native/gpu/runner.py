@@ -50,7 +50,7 @@ from longshore_server.native.gpu.triton_sampling import (
     sample_filtered_rows,
     sample_rows,
 )
-from longshore_server.native.gpu.warm_products import ProductWarmer
+from longshore_server.native.gpu.warm_kernels import KernelWarmer
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.vision import ImageFeatures, model_inputs, shows_image
 from longshore_server.native.pieces import cut_sparse_rows, tokens_of_chunks
@@ -101,7 +101,7 @@ class GpuRunner:
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
         is_alone = self._is_cuda and self._keeps_rows and not on_ranks
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
-        self._warmer = ProductWarmer(model, cache.device) if is_alone else None
+        self._warmer = KernelWarmer(model, cache) if is_alone else None
         self._graphs = StepGraphs(self._decode_forward, cache.device, self._capture_thread)
         self._mixed_graphs = StepGraphs(self._padded_forward, cache.device, self._capture_thread)
         num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)

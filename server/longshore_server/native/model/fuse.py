@@ -61,7 +61,7 @@ class FusedAttention(nn.Module):
         if isinstance(context, FusedContext):
             attended = self._attend_pages(rows, cos, sin, context, only)
         else:
-            heads = _split(self._product(rows, cos, sin))
+            heads = _split(self.product(rows, cos, sin))
             attended = context.attend(self.layer_index, *heads, self.scale, self.window)
         return self.output(attended.reshape(attended.shape[0], -1))  # [tokens, hidden]
 
@@ -69,7 +69,7 @@ class FusedAttention(nn.Module):
         self, rows: Any, cos: torch.Tensor, sin: torch.Tensor, context: FusedContext, only: SampledRows | None
     ) -> torch.Tensor:
         layer = self.layer_index
-        product = self._product(rows, cos, sin)
+        product = self.product(rows, cos, sin)
         if only is None and context.takes(layer, product):
             return context.attend_product(layer, product, self.scale, self.window)
         query, key, value = _split(product, target=context.kv_target(layer), keep_rows=context.reads_rows)
@@ -77,7 +77,8 @@ class FusedAttention(nn.Module):
             return context.attend_sampled(layer, query[only.rows], self.scale, self.window)
         return context.attend_written(layer, query, key, value, self.scale, self.window)
 
-    def _product(self, rows: Any, cos: torch.Tensor, sin: torch.Tensor) -> QkvProduct:
+    def product(self, rows: Any, cos: torch.Tensor, sin: torch.Tensor) -> QkvProduct:
+        """What attention takes, before it is split into heads."""
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon)
