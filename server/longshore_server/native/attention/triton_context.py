@@ -28,7 +28,7 @@ from longshore_server.native.attention.triton_extend import (
     tile_rows,
 )
 from longshore_server.native.attention.triton_pages import PagePicker
-from longshore_server.native.attention.triton_parts import cut_contexts
+from longshore_server.native.attention.triton_parts import MAX_ROWS, cut_contexts
 from longshore_server.native.attention.triton_write import write_kv
 from longshore_server.native.gpu.gluon import has_gluon
 
@@ -63,7 +63,7 @@ class TritonContext(FusedContext):
 
     most_tile_rows: ClassVar[int] = MAX_TILE_ROWS  # by which ExtendSpans are cut, see cache_tile_rows
     # Up to so many decodes a product is attended as it is; more of them gain nothing by it.
-    max_product_rows: ClassVar[int] = 64
+    max_product_rows: ClassVar[int] = MAX_ROWS
 
     def __init__(self, cache: PagedKVCache, tables: StepTables, picker: PagePicker | None = None) -> None:
         """With a `picker` decodes are sparse."""

@@ -16,13 +16,16 @@ NUM_PROGRAMS_FULL = 132
 # A part is worth its adding up from so many tiles on, before and after the rows alone fill the GPU.
 MIN_TILES, MIN_TILES_WHEN_FULL = 2, 8
 MIN_SPARE_PARTS = 8  # for contexts that are longer than the others
+MAX_ROWS = 64
 NUM_FIELDS = 8  # of a part: its row, first tile, end tile, the row's first part, the row's parts
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_parts", "min_tiles"], do_not_specialize_on_alignment=["context_lens"]
+)  # one form for every number of rows: each takes a while to compile
 def _parts_kernel(
-    context_lens, parts, num_rows, num_parts,
-    TILE: tl.constexpr, MIN_TILES: tl.constexpr, NUM_FIELDS: tl.constexpr,
+    context_lens, parts, num_rows, num_parts, min_tiles,
+    TILE: tl.constexpr, NUM_FIELDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     """No part ends in another row; parts that are left over have no row: -1."""
@@ -30,7 +33,7 @@ def _parts_kernel(
     lens = tl.load(context_lens + rows, mask=rows < num_rows, other=0).to(tl.int32)
     tiles = tl.cdiv(tl.maximum(lens - 1, 0), TILE)  # the newest token is not in the cache yet
     # With shares of this size the rows have no more parts than there are.
-    share = tl.maximum(tl.cdiv(tl.sum(tiles), num_parts - num_rows), MIN_TILES)
+    share = tl.maximum(tl.cdiv(tl.sum(tiles), num_parts - num_rows), min_tiles)
     counts = tl.where(rows < num_rows, tl.maximum(tl.cdiv(tiles, share), 1), 0)
     ends = tl.cumsum(counts, 0)
 
@@ -58,18 +61,19 @@ def part_count(num_rows: int, num_kv_heads: int) -> int:
 
 
 def cut_contexts(context_lens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """int32 [parts, NUM_FIELDS] for the rows' `context_lens` [rows], whose last tokens are not cut.
+    """int32 [parts, NUM_FIELDS] for MAX_ROWS or fewer `context_lens` [rows], whose last tokens are not cut.
 
     A row of one token or none has a part without tiles.
     """
     num_rows = len(context_lens)
     num_parts = part_count(num_rows, num_kv_heads)
     parts = torch.empty(num_parts, NUM_FIELDS, dtype=torch.int32, device=context_lens.device)
+    min_tiles = MIN_TILES_WHEN_FULL if _is_full(num_rows, num_kv_heads) else MIN_TILES
+    most_parts = max(part_count(1, num_kv_heads), part_count(MAX_ROWS, num_kv_heads))
     _parts_kernel[(1,)](
-        context_lens, parts, num_rows, num_parts,
+        context_lens, parts, num_rows, num_parts, min_tiles,
         TILE=TILE_TOKENS, NUM_FIELDS=NUM_FIELDS,
-        MIN_TILES=MIN_TILES_WHEN_FULL if _is_full(num_rows, num_kv_heads) else MIN_TILES,
-        BLOCK_ROWS=triton.next_power_of_2(num_rows), BLOCK_PARTS=triton.next_power_of_2(num_parts),
+        BLOCK_ROWS=MAX_ROWS, BLOCK_PARTS=triton.next_power_of_2(most_parts), num_warps=8,
     )  # fmt: skip
     return parts
 
