@@ -231,8 +231,8 @@ def test_attention_is_compiled_before_a_step_needs_it(folder) -> None:
     from longshore_server.native.attention.triton_parts import _parts_kernel
 
     engine = _engine(folder, enable_prefix_cache=False)
-    warmer = engine._runner._warmer
-    warmer._executor.shutdown(wait=True)
+    engine.generate(_prompts(20), SamplingParams(max_tokens=1, temperature=0.0))  # no decode
+    engine.settle()
     device = torch.cuda.current_device()
     kernels = [kernel.device_caches[device][0] for kernel in (_product_decode_kernel, _parts_kernel)]
     before = [len(compiled) for compiled in kernels]

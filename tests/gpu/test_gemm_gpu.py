@@ -164,7 +164,7 @@ def test_kernels_of_few_rows_are_compiled_before_a_step_needs_them() -> None:
     model += [make_product(linears[2:], False)]  # not multiplied by it
     cache = PagedKVCache([LayerGeometry(1, 64, 64)], 1, 16, torch.bfloat16, device)
     warmer = KernelWarmer(model, cache)
-    warmer._executor.shutdown(wait=True)
+    warmer.settle(60.0)
     compiled = _few_rows_kernel.device_caches[device.index][0]
     num_kernels = len(compiled)
     with torch.inference_mode():

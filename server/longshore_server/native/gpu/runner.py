@@ -27,7 +27,13 @@ from longshore_server.native.attention.triton_context import (
 )
 from longshore_server.native.attention.triton_extend import ExtendSpans
 from longshore_server.native.attention.triton_pages import page_picker
-from longshore_server.native.gpu.graphs import CAPTURING, CaptureThread, StepGraphs, bucket_of
+from longshore_server.native.gpu.graphs import (
+    CAPTURE_TIMEOUT_S,
+    CAPTURING,
+    CaptureThread,
+    StepGraphs,
+    bucket_of,
+)
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
     MAX_SPANS,
@@ -101,7 +107,8 @@ class GpuRunner:
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
         is_alone = self._is_cuda and self._keeps_rows and not on_ranks
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
-        self._warmer = KernelWarmer(model, cache) if is_alone else None
+        self._may_warm = is_alone
+        self._warmer: KernelWarmer | None = None
         self._graphs = StepGraphs(self._decode_forward, cache.device, self._capture_thread)
         self._mixed_graphs = StepGraphs(self._padded_forward, cache.device, self._capture_thread)
         num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)
@@ -114,12 +121,16 @@ class GpuRunner:
         self._mixed_graphs.switch_off()
 
     def settle(self) -> None:
-        """Waits for captures under way."""
+        """Waits for captures under way and for kernels that are being compiled."""
         self._graphs.settle()
         self._mixed_graphs.settle()
+        if self._warmer is not None:
+            self._warmer.settle(CAPTURE_TIMEOUT_S)
 
     def close(self) -> None:
         """Waits for what is launched or captured, and destroys the captured steps."""
+        if self._warmer is not None:
+            self._warmer.close()
         self.settle()
         if self._is_cuda:
             with CAPTURING:  # another engine's, by now
@@ -128,8 +139,6 @@ class GpuRunner:
         self._mixed_graphs.close()
         if self._capture_thread is not None:
             self._capture_thread.close()
-        if self._warmer is not None:
-            self._warmer.close()
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing: the kernels never read past a context, so what another owner left does not matter."""
@@ -144,6 +153,8 @@ class GpuRunner:
         except Exception:
             self._seats.rewrite_all()
             raise
+        if self._may_warm and self._warmer is None:  # not before: the first step compiles kernels of its own
+            self._warmer = KernelWarmer(self.model, self.cache)
 
         return lambda: tokens_of_chunks(pieces, sampled(), len(chunks))
 

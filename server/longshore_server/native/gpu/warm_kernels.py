@@ -1,4 +1,4 @@
-"""Compiles the kernels of a model's decodes beside its first steps, rather than in the step that needs one.
+"""Compiles the kernels of a model's decodes after its first step, rather than in the step that needs one.
 
 A kernel takes a quarter of a second or more the first time, on a machine that has not kept it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -31,17 +31,25 @@ class KernelWarmer:
         self._cache = cache
         self._stream = torch.cuda.Stream(cache.device)
         self._executor = ThreadPoolExecutor(1, "warm-kernels")
+        self._runs: list[Future[None]] = []
         for attention in _attentions(model):
             for num_rows in (1, 2):  # a product of one row is never in parts
-                self._executor.submit(self._run, self._attend, attention, num_rows)
+                self._submit(self._attend, attention, num_rows)
         for product in _products(model):
             for num_rows in () if few_rows is None else few_rows.ROW_BLOCKS:
-                self._executor.submit(self._run, self._multiply, product, num_rows)
+                self._submit(self._multiply, product, num_rows)
         self._executor.shutdown(wait=False)
+
+    def settle(self, timeout_s: float) -> None:
+        """Waits for all of it, `timeout_s` at most."""
+        wait([run for run in self._runs if not run.cancelled()], timeout_s)  # it would wait for those, too
 
     def close(self) -> None:
         """Begins no more; what is under way ends by itself."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, work: Callable[[Any, int], None], module: nn.Module, num_rows: int) -> None:
+        self._runs.append(self._executor.submit(self._run, work, module, num_rows))
 
     @torch.inference_mode()
     def _run(self, work: Callable[[Any, int], None], module: nn.Module, num_rows: int) -> None:
