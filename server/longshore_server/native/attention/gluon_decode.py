@@ -75,7 +75,7 @@ def _load_tile(
     tokens = low + gl.arange(0, TILE, gl.SliceLayout(1, layout))
     dims = gl.arange(0, HALF, gl.SliceLayout(0, layout))
     is_there = (tokens >= first) & (tokens < end)
-    pages = gl.load(table + tokens // PAGE, mask=is_there, other=0).to(gl.int64)
+    pages = gl.load(table + tokens // PAGE, mask=is_there, other=0, cache_modifier=".cg").to(gl.int64)
     slots = pages * PAGE + tokens % PAGE
     places = ((slots * NUM_KV_HEADS + kv_head) * (2 * HALF))[:, None] + dims[None, :]
     mask = is_there[:, None] & (dims[None, :] >= 0)
@@ -105,16 +105,18 @@ def _product_decode_kernel(
     NUM_HEADS: gl.constexpr = NUM_KV_HEADS * GROUP
     number = gl.program_id(0)
     kv_head = gl.program_id(1)
+    # Before the wait nothing is read that the step's kernels write, the rotary angles neither: any of them
+    # may still run. And nothing from the L1 cache (hence .cg), which may hold what the step before had there.
     part = parts + number * NUM_FIELDS
-    row = gl.load(part)
-    low = gl.load(part + 1)
-    end_tile = gl.load(part + 2)
-    first_part = gl.load(part + 3)
-    row_parts = gl.load(part + 4)
+    row = gl.load(part, cache_modifier=".cg")
+    low = gl.load(part + 1, cache_modifier=".cg")
+    end_tile = gl.load(part + 2, cache_modifier=".cg")
+    first_part = gl.load(part + 3, cache_modifier=".cg")
+    row_parts = gl.load(part + 4, cache_modifier=".cg")
     if row >= 0:
-        # Before the wait: only what was written before the product's own kernel.
-        context = gl.load(context_lens + row).to(gl.int32)
-        table = tables + gl.load(table_rows + row).to(gl.int64) * table_stride
+        context = gl.load(context_lens + row, cache_modifier=".cg").to(gl.int32)
+        table_row = gl.load(table_rows + row, cache_modifier=".cg")
+        table = tables + table_row.to(gl.int64) * table_stride
         first = 0
         if HAS_WINDOW:
             first = gl.maximum(context - window, 0)
@@ -138,14 +140,14 @@ def _product_decode_kernel(
         heads: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [num_warps, 1], [1, 0])
         members = gl.arange(0, BLOCK_GROUP, gl.SliceLayout(1, heads))[:, None]
         dims = gl.arange(0, HALF, gl.SliceLayout(0, heads))
+        slot = gl.load(slots + row, cache_modifier=".cg")
+
+        wait_for_previous(True)
         angle = row.to(gl.int64) * HEAD_DIM + dims
         cos1 = gl.load(cos + angle).to(gl.float32)
         cos2 = gl.load(cos + angle + HALF).to(gl.float32)
         sin1 = gl.load(sin + angle).to(gl.float32)
         sin2 = gl.load(sin + angle + HALF).to(gl.float32)
-        slot = gl.load(slots + row)
-
-        wait_for_previous(True)
         width: gl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
         product = values + row.to(gl.int64) * width
         part_stride = num_rows.to(gl.int64) * width
@@ -295,8 +297,8 @@ def attend_product(
 ) -> torch.Tensor:
     """[rows, num_heads, head_dim]; keys and values of the rows are in `target` then, and zeros of no context.
 
-    All but the product must have been written before the kernel that gave it began: it may be read already
-    while that runs.
+    Product and angles are read when the kernel before is through. All else must be older than the step's
+    kernels that launch their dependents early: it may be read while any of those runs.
     """
     x, num_heads, num_kv_heads = product.channels, product.num_heads, product.num_kv_heads
     num_rows, head_dim = len(product.cos), target.keys.shape[3]
