@@ -19,6 +19,7 @@ from longshore_server.native.attention.triton_decode import LOG2_E
 from longshore_server.native.attention.triton_parts import NUM_FIELDS, TILE_TOKENS
 from longshore_server.native.attention.triton_tiles import tile_side
 from longshore_server.native.gpu.triton_overlap import wait_for_previous
+from longshore_server.native.model.triton_rope import _load_half
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16  # queries of one KV head: more than a tile of them take too many registers
@@ -28,22 +29,6 @@ MULTIPROCESSOR_BYTES, NUM_RESIDENT = 228 * 1024, 2
 NUM_WARPS = 4
 LOWEST = gl.constexpr(-1e30)  # of a part that sees no token: finite, so that its weight is 0 and not NaN
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-@gluon.jit
-def _load_channels(
-    values, row_scale, channel_scales, bias, channels, mask, part_stride,
-    DTYPE: gl.constexpr, HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, NUM_PARTS: gl.constexpr,
-):  # fmt: skip
-    """Channels of one row of the product, rounded to DTYPE, in float32."""
-    x = gl.load(values + channels, mask=mask, other=0.0).to(gl.float32)
-    for part in gl.static_range(1, NUM_PARTS):
-        x += gl.load(values + part * part_stride + channels, mask=mask, other=0.0)
-    if HAS_SCALES:
-        x = x * row_scale * gl.load(channel_scales + channels, mask=mask, other=0.0)
-    if HAS_BIAS:
-        x += gl.load(bias + channels, mask=mask, other=0.0).to(gl.float32)
-    return x.to(DTYPE).to(gl.float32)
 
 
 @gluon.jit
@@ -156,30 +141,30 @@ def _product_decode_kernel(
             row_scale = gl.load(row_scales + row)
         q_channels = (kv_head * GROUP + members) * HEAD_DIM + dims[None, :]
         q_mask = (members < GROUP) & (dims[None, :] >= 0)
-        q1 = _load_channels(
+        q1 = _load_half(
             product, row_scale, channel_scales, bias, q_channels, q_mask, part_stride,
             DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
-        q2 = _load_channels(
+        q2 = _load_half(
             product, row_scale, channel_scales, bias, q_channels + HALF, q_mask, part_stride,
             DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
         k_channels = (NUM_HEADS + kv_head) * HEAD_DIM + dims
-        k1 = _load_channels(
+        k1 = _load_half(
             product, row_scale, channel_scales, bias, k_channels, dims >= 0, part_stride,
             DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
-        k2 = _load_channels(
+        k2 = _load_half(
             product, row_scale, channel_scales, bias, k_channels + HALF, dims >= 0, part_stride,
             DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
         sum_dims = gl.arange(0, HALF, gl.SliceLayout(0, mma))
         v_channels = (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + sum_dims
-        v1 = _load_channels(
+        v1 = _load_half(
             product, row_scale, channel_scales, bias, v_channels, sum_dims >= 0, part_stride,
             DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
-        v2 = _load_channels(
+        v2 = _load_half(
             product, row_scale, channel_scales, bias, v_channels + HALF, sum_dims >= 0, part_stride,
             DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip

@@ -25,9 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longshore_server.native.gemm.cublaslt import is_aligned
+from longshore_server.native.gpu.gluon import HOPPER
 from longshore_server.native.gpu.triton_overlap import wait_for_previous
 
-HOPPER = 9  # major number of the compute capability
 ROW_BLOCKS = (8, 16, 32, 64)  # rows are padded to one of them
 MAX_ROWS = {1: 32, 2: 64}  # by a number's bytes; of more rows cuBLASLt's kernels are as fast or faster
 TILE_HEIGHTS = (128, 64)  # outputs of a tile
