@@ -114,6 +114,33 @@ def test_parts_have_every_tile_of_every_row_once(lens, num_kv_heads) -> None:
         assert len(mine) == 1 or min(sizes) > 0, "a part of a context that is cut has something to do"
 
 
+def test_products_are_attended_by_dense_decodes_over_a_cache_of_their_type(monkeypatch) -> None:
+    """Which the kernel does on a GPU alone; here it is asked what it would take."""
+    from longshore_server.native.attention import triton_context
+    from longshore_server.native.attention.interface import DecodeRows, QkvProduct
+    from longshore_server.native.attention.triton_context import InvariantContext, StepTables, TritonContext
+
+    monkeypatch.setattr(triton_context, "has_gluon", lambda device: True)
+    monkeypatch.setattr(TritonContext, "max_product_rows", 2)
+
+    def takes(make=TritonContext, num_rows=2, dim=64, group=4, dtype=torch.bfloat16, cached=None, **changes):
+        cache = PagedKVCache([LayerGeometry(2, dim, dim)], 3, SIZE, cached or dtype, torch.device("cpu"))
+        zeros = torch.zeros(num_rows, dtype=torch.int64)
+        rows = DecodeRows(zeros, zeros, zeros)
+        arrivals = torch.zeros(2 * num_rows, dtype=torch.int32)
+        tables = StepTables(zeros, torch.zeros(1, 3, dtype=torch.int32), num_rows, rows, arrivals=arrivals)
+        context = make(cache, dataclasses.replace(tables, **changes.pop("tables", {})), **changes)
+        angles = torch.ones(num_rows, dim, dtype=dtype)
+        channels = torch.ones(num_rows, (2 * group + 4) * dim, dtype=dtype)
+        return context.takes(0, QkvProduct(ScaledOutput(channels), angles, angles, 2 * group, 2, None))
+
+    assert takes() and takes(dim=128, group=16) and takes(dtype=torch.float16)
+    assert not takes(InvariantContext) and not takes(picker=object()) and not takes(num_rows=3)
+    assert not takes(tables={"spans": object()}) and not takes(tables={"arrivals": None})
+    assert not takes(dim=80) and not takes(group=17) and not takes(dtype=torch.float32)
+    assert not takes(cached=torch.float8_e4m3fn) and not takes(cached=torch.float16)
+
+
 # --- layers ---
 
 
