@@ -152,6 +152,25 @@ def test_splits_are_added_up_in_the_same_order_every_time(rows) -> None:
     assert not arrivals.any()
 
 
+def test_decodes_of_any_number_have_one_kernel() -> None:
+    """Compiling one takes half a second, in the step that needs it."""
+    from longshore_server.native.attention.kv_cache import KVScales
+    from longshore_server.native.attention.triton_decode import _decode_kernel, decode_attention
+
+    pages = [torch.randn(80, BLOCK_SIZE, 8, 128, device="cuda").bfloat16() for _ in "kv"]
+    scales = KVScales(torch.ones(8, device="cuda"), torch.ones(8, device="cuda"))
+    kernels = _decode_kernel.device_caches[torch.cuda.current_device()][0]
+    counts = []
+    for rows in (1, 3, 16, 20, 70):
+        query = torch.randn(rows, 48, 128, device="cuda").bfloat16()  # heads that no other test has
+        tables = torch.arange(rows, device="cuda", dtype=torch.int32)[:, None]
+        lens = torch.full((rows,), BLOCK_SIZE, device="cuda")
+        numbers, output = torch.arange(rows, device="cuda"), torch.empty_like(query)
+        decode_attention(query, *pages, tables, numbers, lens, scales, 0.1, None, output)
+        counts.append(len(kernels))
+    assert counts == [counts[0]] * len(counts)
+
+
 PRODUCT_HEADS = [(64, 8, 128), (32, 8, 128), (28, 4, 128), (16, 16, 128), (32, 8, 64), (16, 1, 64)]
 PRODUCT_CONTEXTS = {
     "one": [300],

@@ -24,7 +24,8 @@ MAX_SPLITS = 64
 MIN_TILES_IN_BATCH = 4
 
 
-@triton.jit
+# One form for every number of rows: each takes half a second to compile, in a step that waits for it.
+@triton.jit(do_not_specialize=["num_splits", "min_tiles", "window", "table_stride", "picked_stride"])
 def _decode_kernel(
     query,
     key_pages,
@@ -42,6 +43,8 @@ def _decode_kernel(
     picked_lens,
     scale,
     window,
+    num_splits,
+    min_tiles,
     table_stride,
     picked_stride,
     query_stride_row,
@@ -55,8 +58,6 @@ def _decode_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_PICKED: tl.constexpr,
     IS_FP8: tl.constexpr,
@@ -80,7 +81,7 @@ def _decode_kernel(
     first_tile = first // BLOCK_TOKENS
     end_tile = tl.cdiv(context, BLOCK_TOKENS)
     num_tiles = end_tile - first_tile
-    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), MIN_TILES)
+    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), min_tiles)
     num_busy = tl.cdiv(num_tiles, tiles_per_split)
     if split >= tl.maximum(num_busy, 1):  # an empty context still gets its zeros
         return
@@ -131,7 +132,7 @@ def _decode_kernel(
         tl.store(places, result.to(output.dtype.element_ty), mask=out_mask)
     else:
         lse = best + tl.log2(divisor)
-        part = head_index * NUM_SPLITS
+        part = head_index * num_splits
         tl.store(partial_lse + part + split, lse, mask=groups < GROUP)
         part_places = partial_output + part[:, None] * VALUE_DIM + value_dims[None, :]
         tl.store(part_places + split * VALUE_DIM, result, mask=out_mask)
@@ -212,6 +213,8 @@ def decode_attention(
         context_lens if picked is None else picked.lens,
         scale * LOG2_E,
         window or 0,
+        num_splits,
+        MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
         tables.stride(0),
         0 if picked is None else picked.tables.stride(1),
         rows.stride(0),
@@ -225,12 +228,10 @@ def decode_attention(
         VALUE_DIM=value_dim,
         BLOCK_VALUE=tile_side(value_dim),
         BLOCK_TOKENS=32 if is_wide else 64,
-        NUM_SPLITS=num_splits,
         HAS_WINDOW=window is not None,
         HAS_PICKED=picked is not None,
         IS_FP8=key_pages.dtype == torch.float8_e4m3fn,
         PRECISION=dot_precision(query.dtype),
-        MIN_TILES=MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=4,

@@ -104,7 +104,7 @@ def _load_tile(
     return x.to(DTYPE).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one form for every number of rows of a kind
 def _silu_mul_kernel(
     values, row_scales, channel_scales, bias, output, part_amax, num_rows, width,
     DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_AMAX: tl.constexpr,
