@@ -19,7 +19,7 @@ from longshore_server.native.attention.triton_decode import LOG2_E
 from longshore_server.native.attention.triton_parts import NUM_FIELDS, TILE_TOKENS
 from longshore_server.native.attention.triton_tiles import tile_side
 from longshore_server.native.gpu.triton_overlap import wait_for_previous
-from longshore_server.native.model.triton_rope import _load_half
+from longshore_server.native.model.triton_rope import _load_halves
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16  # queries of one KV head: more than a tile of them take too many registers
@@ -141,32 +141,20 @@ def _product_decode_kernel(
             row_scale = gl.load(row_scales + row)
         q_channels = (kv_head * GROUP + members) * HEAD_DIM + dims[None, :]
         q_mask = (members < GROUP) & (dims[None, :] >= 0)
-        q1 = _load_half(
+        q1, q2 = _load_halves(
             product, row_scale, channel_scales, bias, q_channels, q_mask, part_stride,
-            DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
-        )  # fmt: skip
-        q2 = _load_half(
-            product, row_scale, channel_scales, bias, q_channels + HALF, q_mask, part_stride,
-            DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+            HALF, DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
         k_channels = (NUM_HEADS + kv_head) * HEAD_DIM + dims
-        k1 = _load_half(
+        k1, k2 = _load_halves(
             product, row_scale, channel_scales, bias, k_channels, dims >= 0, part_stride,
-            DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
-        )  # fmt: skip
-        k2 = _load_half(
-            product, row_scale, channel_scales, bias, k_channels + HALF, dims >= 0, part_stride,
-            DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+            HALF, DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
         sum_dims = gl.arange(0, HALF, gl.SliceLayout(0, mma))
         v_channels = (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + sum_dims
-        v1 = _load_half(
+        v1, v2 = _load_halves(
             product, row_scale, channel_scales, bias, v_channels, sum_dims >= 0, part_stride,
-            DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
-        )  # fmt: skip
-        v2 = _load_half(
-            product, row_scale, channel_scales, bias, v_channels + HALF, sum_dims >= 0, part_stride,
-            DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+            HALF, DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
         )  # fmt: skip
         q1, q2 = _rotated(
             q1, q2, q_weight, dims[None, :], cos1[None, :], cos2[None, :], sin1[None, :], sin2[None, :], eps,

@@ -37,7 +37,7 @@ MIN_FLASH_ROWS = 512
 # cuDNN is the fastest of them on Hopper but plans some 40 ms for each length it has not met: prompts are
 # padded to a multiple of this, and a padded length goes to cuDNN from its second prompt on.
 CUDNN_ROWS_STEP = 512
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
 MAX_FLASH_DIM = 256
 # Of the one tile that the batch-invariant mode has for chunks and single rows: what 4 warps multiply at once.
 INVARIANT_TILE_ROWS = 64
@@ -84,6 +84,7 @@ class TritonContext(FusedContext):
             and 0 < tables.num_decodes <= self.max_product_rows
             and self._picker is None
             and tables.arrivals is not None
+            and self.cache.dtype in SHORT_DTYPES  # FP8 and float32 have no such kernel
             and has_gluon(self.cache.device)
         )
 
@@ -306,7 +307,7 @@ def may_flash(cache: PagedKVCache, model_dtype: torch.dtype) -> bool:
     """Whether whole prompts of this cache's shape may go to flash attention."""
     dims = {pages.shape[3] for pages in (*cache.keys, *cache.values)}
     is_even = len(dims) == 1 and max(dims) <= MAX_FLASH_DIM
-    return is_even and model_dtype in FLASH_DTYPES and cache.device.type == "cuda"
+    return is_even and model_dtype in SHORT_DTYPES and cache.device.type == "cuda"
 
 
 def cache_tile_rows(cache: PagedKVCache, dtype: torch.dtype, most: int = MAX_TILE_ROWS) -> int:

@@ -164,6 +164,11 @@ def split_count(num_rows: int, num_kv_heads: int) -> int:
     return min(MAX_SPLITS, triton.next_power_of_2(wanted))
 
 
+def fills_gpu(num_rows: int, num_kv_heads: int) -> bool:
+    """Whether each multiprocessor has a program, though no context is cut."""
+    return num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4
+
+
 def decode_attention(
     query: torch.Tensor,  # [rows, num_heads, key_dim]
     key_pages: torch.Tensor,  # [blocks, block_size, num_kv_heads, key_dim]
@@ -214,7 +219,7 @@ def decode_attention(
         scale * LOG2_E,
         window or 0,
         num_splits,
-        MIN_TILES_IN_BATCH if num_rows * num_kv_heads >= NUM_PROGRAMS_WANTED // 4 else 1,
+        MIN_TILES_IN_BATCH if fills_gpu(num_rows, num_kv_heads) else 1,
         tables.stride(0),
         0 if picked is None else picked.tables.stride(1),
         rows.stride(0),

@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from longshore_server.native.attention.triton_decode import NUM_PROGRAMS_WANTED, fills_gpu
+
 TILE_TOKENS = 64  # parts end at multiples of it, counted from the first token
-# Enough programs to fill a GPU of this many multiprocessors a few times over, where the rows do not.
-NUM_PROGRAMS_WANTED = 4 * 132
-NUM_PROGRAMS_FULL = 132
 # A part is worth its adding up from so many tiles on, before and after the rows alone fill the GPU.
 MIN_TILES, MIN_TILES_WHEN_FULL = 2, 8
 MIN_SPARE_PARTS = 8  # for contexts that are longer than the others
@@ -57,7 +56,7 @@ def _parts_kernel(
 def part_count(num_rows: int, num_kv_heads: int) -> int:
     """Parts that so many rows have room for, each row one at least."""
     wanted = -(-NUM_PROGRAMS_WANTED // num_kv_heads)
-    return max(num_rows + MIN_SPARE_PARTS, 0 if _is_full(num_rows, num_kv_heads) else wanted)
+    return max(num_rows + MIN_SPARE_PARTS, 0 if fills_gpu(num_rows, num_kv_heads) else wanted)
 
 
 def cut_contexts(context_lens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -68,7 +67,7 @@ def cut_contexts(context_lens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     num_rows = len(context_lens)
     num_parts = part_count(num_rows, num_kv_heads)
     parts = torch.empty(num_parts, NUM_FIELDS, dtype=torch.int32, device=context_lens.device)
-    min_tiles = MIN_TILES_WHEN_FULL if _is_full(num_rows, num_kv_heads) else MIN_TILES
+    min_tiles = MIN_TILES_WHEN_FULL if fills_gpu(num_rows, num_kv_heads) else MIN_TILES
     most_parts = max(part_count(1, num_kv_heads), part_count(MAX_ROWS, num_kv_heads))
     _parts_kernel[(1,)](
         context_lens, parts, num_rows, num_parts, min_tiles,
@@ -76,7 +75,3 @@ def cut_contexts(context_lens: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
         BLOCK_ROWS=MAX_ROWS, BLOCK_PARTS=triton.next_power_of_2(most_parts), num_warps=8,
     )  # fmt: skip
     return parts
-
-
-def _is_full(num_rows: int, num_kv_heads: int) -> bool:
-    return num_rows * num_kv_heads >= NUM_PROGRAMS_FULL

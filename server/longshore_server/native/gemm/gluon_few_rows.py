@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longshore_server.native.gemm.cublaslt import is_aligned
-from longshore_server.native.gpu.gluon import HOPPER
+from longshore_server.native.gpu.gluon import has_gluon
 from longshore_server.native.gpu.triton_overlap import wait_for_previous
 
 ROW_BLOCKS = (8, 16, 32, 64)  # rows are padded to one of them
@@ -142,7 +142,7 @@ def can_multiply(rows: torch.Tensor, weight: torch.Tensor) -> bool:
         and width * rows.element_size() % STAGE_BYTES == 0
         and is_aligned(rows)
         and is_aligned(weight)
-        and _multiprocessors(rows.device) > 0
+        and has_gluon(rows.device)
     )
 
 
@@ -206,6 +206,4 @@ def _cut(num_tiles: int, height: int, num_splits: int, num_multiprocessors: int)
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """0 for what is no Hopper: its instructions are of that generation alone."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major == HOPPER else 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,6 +16,7 @@ import numpy as np
 
 from longshore_server.native.attention.layout import cut_tiles
 from longshore_server.native.gpu.step_inputs import (
+    even,
     noise_keys,
     slots,
     temperature_bits,
@@ -65,12 +66,12 @@ class MixedShape:
             "temperatures": self.num_kept,
             "keys": 2 * self.num_kept,
         }
-        starts = accumulate((size + size % 2 for size in sizes.values()), initial=0)
+        starts = accumulate(map(even, sizes.values()), initial=0)
         return {name: slice(start, start + sizes[name]) for name, start in zip(sizes, starts, strict=False)}
 
     @cached_property
     def num_numbers(self) -> int:
-        return max(field.stop + field.stop % 2 for field in self.fields.values())
+        return max(even(field.stop) for field in self.fields.values())
 
 
 def shape_of(chunks: SequenceOf[Chunk], tile_rows: int) -> MixedShape | None:

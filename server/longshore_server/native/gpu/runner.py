@@ -46,6 +46,7 @@ from longshore_server.native.gpu.mixed_steps import (
 from longshore_server.native.gpu.seats import Seats, TableUpdates
 from longshore_server.native.gpu.step_inputs import (
     Packer,
+    even,
     noise_keys,
     slots,
     temperature_bits,
@@ -184,13 +185,13 @@ class GpuRunner:
     # --- decode steps ---
 
     def _pack_decode(self, chunks: list[Chunk], seats: list[int], bucket: int) -> torch.Tensor:
-        """[9 * _even(bucket)], as _decode_forward reads it; padding rows have no slot and no context."""
+        """[9 * even(bucket)], as _decode_forward reads it; padding rows have no slot and no context."""
         size = self.cache.block_size
         num_rows = len(chunks)
         sequences = [chunk.sequence for chunk in chunks]
         lens = np.array([chunk.context_len for chunk in chunks])
         tables = [chunk.sequence.block_table[chunk.start // size] for chunk in chunks]
-        host = torch.zeros(9, _even(bucket), dtype=torch.int64, pin_memory=self._is_cuda)
+        host = torch.zeros(9, even(bucket), dtype=torch.int64, pin_memory=self._is_cuda)
         rows = host.numpy()
         rows[0, :] = self._seats.spare
         rows[0, :num_rows] = seats
@@ -206,7 +207,7 @@ class GpuRunner:
 
     def _decode_forward(self, inputs: torch.Tensor, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One token of each row: logits [bucket, vocab], tokens [bucket]. It can be captured."""
-        rows = inputs.view(9, _even(bucket))
+        rows = inputs.view(9, even(bucket))
         seats, tokens, positions, row_slots, lens = rows[:5, :bucket]
         known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
         decodes = DecodeRows(seats, lens, rows[8, :bucket])
@@ -417,11 +418,6 @@ class GpuRunner:
     def _note_drawn(self, sequences: list[Sequence], tokens: list[SampledToken]) -> None:
         self.drawn = {s: token for s, token in self.drawn.items() if s.status is SequenceStatus.RUNNING}
         self.drawn |= {s: token.token_id for s, token in zip(sequences, tokens, strict=True)}
-
-
-def _even(bucket: int) -> int:
-    """Numbers from one field to the next: kernels are compiled anew for pointers at odd places."""
-    return bucket + bucket % 2
 
 
 def _is_decode(chunk: Chunk) -> bool:

@@ -18,6 +18,11 @@ from longshore_server.native.sequence import Sequence
 ON_GPU = -1  # stands for a token id that the host has not seen
 
 
+def even(size: int) -> int:
+    """Numbers from the start of a field of this size to the next field's."""
+    return size + size % 2
+
+
 class Packer:
     """Collects fields, then gives them as one pinned tensor; field() finds them in its copy."""
 
@@ -30,7 +35,7 @@ class Packer:
         array = np.asarray(values, dtype=np.int64)
         self._places[name] = slice(self._size, self._size + len(array))
         self._parts += [array] if len(array) % 2 == 0 else [array, np.zeros(1, np.int64)]
-        self._size += len(array) + len(array) % 2
+        self._size += even(len(array))
 
     def packed(self, pinned: bool) -> torch.Tensor:
         tensor = torch.empty(self._size, dtype=torch.int64, pin_memory=pinned)

@@ -53,6 +53,24 @@ def _load_half(
 
 
 @triton.jit
+def _load_halves(
+    values, row_scale, channel_scales, bias, offsets, mask, part_stride,
+    HALF: tl.constexpr, DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Both halves of heads of the product, rounded to DTYPE, in float32; `offsets` are those of the lower."""
+    lower = _load_half(
+        values, row_scale, channel_scales, bias, offsets, mask, part_stride,
+        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+    )  # fmt: skip
+    upper = _load_half(
+        values, row_scale, channel_scales, bias, offsets + HALF, mask, part_stride,
+        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+    )  # fmt: skip
+    return lower, upper
+
+
+@triton.jit
 def _store_halves(place, scale, lower, upper, mask, HALF: tl.constexpr, IS_FP8: tl.constexpr):
     """Both halves of cached heads, in an FP8 cache divided by each head's scale."""
     if IS_FP8:
@@ -86,13 +104,9 @@ def _qkv_kernel(
     row_scale = 1.0
     if HAS_SCALES:
         row_scale = tl.load(row_scales + token)
-    x1 = _load_half(
+    x1, x2 = _load_halves(
         row, row_scale, channel_scales, bias, lower, mask, part_stride,
-        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
-    )  # fmt: skip
-    x2 = _load_half(
-        row, row_scale, channel_scales, bias, lower + HALF, mask, part_stride,
-        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+        HALF, DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
     )  # fmt: skip
     if HAS_NORM:
         mean_square = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1))[:, None] / HEAD_DIM
