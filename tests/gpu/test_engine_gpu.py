@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,29 @@ def test_attention_is_compiled_before_a_step_needs_it(folder) -> None:
     for num_rows in (1, 3, 14, 32):
         engine.generate(_prompts(*range(20, 20 + num_rows)), GREEDY)
     assert [len(compiled) for compiled in kernels] == before
+
+
+def test_a_new_model_answers_without_compiling(tmp_path) -> None:
+    """Its first prompt and decode: their kernels were compiled while it was loaded."""
+    from triton import knobs
+
+    config = CONFIG | {
+        "num_attention_heads": 12,
+        "num_key_value_heads": 3,
+        "hidden_size": 1536,
+    }  # no test has
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    compiled: list[str] = []
+
+    def note(*_: Any, fn: Any, **__: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            compiled.append(fn.name)
+
+    knobs.runtime.jit_post_compile_hook = note
+    try:
+        engine = _engine(tmp_path, load_format="random", enable_prefix_cache=False)
+        (answer,) = engine.generate(_prompts(100), GREEDY)
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+    assert len(answer) == GREEDY.max_tokens
+    assert not compiled

@@ -5,8 +5,11 @@ It runs once, when an engine is made, and knows nothing of requests.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +29,7 @@ from longshore_server.native.errors import ConfigError, ModelLoadError, Unsuppor
 from longshore_server.native.gpu.graphs import CAPTURING
 from longshore_server.native.images import ImageGeometry
 from longshore_server.native.model import cpu_linear
+from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.load import LoadedModel, load_model
 from longshore_server.native.model.vision import ImageFeatures
 from longshore_server.native.offload.kv_offload import KVOffload
@@ -35,6 +39,10 @@ from longshore_server.native.offload.tiers import open_tiers
 from longshore_server.native.offload.units import unit_bytes
 from longshore_server.native.ranks.links import RankLinks
 from longshore_server.native.runner import ModelRunner, Runner
+
+if TYPE_CHECKING:  # triton is on GPUs only
+    from longshore_server.native.gpu.rehearsal import Rehearsal
+    from longshore_server.native.gpu.runner import GpuRunner
 
 DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
 # Torch computes activation functions in vectors of up to so many elements, and what is left at the end of a
@@ -71,22 +79,17 @@ def build(config: EngineConfig, links: RankLinks | None = None) -> BuiltModel:
 
 
 def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
-    loaded = load_model(config, links)
     device = torch.device(config.device)
-    geometries = _probe(loaded, device, config.model)
+    loaded, geometries = _load(config, links)
     dtype = loaded.model.dtype
     compiled = _compile(loaded, config, geometries)
     if compiled is None:
         batch_invariant = _make_invariant(loaded.model, config, geometries)
     else:
         batch_invariant = config.batch_invariant is not False
-    kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
-    sparsity = parse_sparsity(config.attention_sparsity)
-    ranked: set[int] = set()  # layers whose pages are ranked by their bounds
-    if sparsity is not None and sparsity.top_pages:
-        ranked = set(range(len(geometries))) - sparsity.dense_layers
+    kv_dtype = _kv_dtype(config, dtype)
     bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
-    bytes_per_block += bounds_bytes(geometries, ranked, kv_dtype)
+    bytes_per_block += bounds_bytes(geometries, _ranked_layers(config, len(geometries)), kv_dtype)
     num_blocks = _num_kv_blocks(config, loaded, bytes_per_block, has_gpu=links is None or links.is_nccl)
     if links is not None:
         num_blocks = links.smallest(num_blocks)
@@ -94,28 +97,17 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
     cache = PagedKVCache(geometries, num_blocks, config.block_size, kv_dtype, device)
     if kv_dtype == torch.float8_e4m3fn:
         cache.scales = _kv_scales(config, loaded, geometries, device, links)
-    bounds = None if sparsity is None else PageBounds(cache, ranked)
+    bounds = _page_bounds(config, cache)
     features = None if loaded.tower is None else ImageFeatures(loaded.tower)
     if compiled is not None:
         compiled.attach(cache)
         runner: Runner = CpuRunner(compiled, features)
     elif device.type == "cuda" and config.placement == "tensor_parallel":
-        from longshore_server.native.gpu.runner import GpuRunner  # triton is on GPUs only
-
-        runner = GpuRunner(
-            loaded.model,
-            cache,
-            config.max_num_seqs,
-            max_model_len,
-            features,
-            on_ranks=links is not None,
-            batch_invariant=batch_invariant,
-            sparsity=sparsity,
-            bounds=bounds,
-        )
+        runner = _gpu_runner(config, loaded.model, cache, max_model_len, bounds, features, links)
         if links is not None and not links.is_nccl:
             runner.stay_eager()
     else:
+        sparsity = parse_sparsity(config.attention_sparsity)
         attention = select_attention(
             device,
             batch_invariant=batch_invariant,
@@ -139,13 +131,86 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
     )
 
 
-def _probe(loaded: LoadedModel, device: torch.device, folder: str) -> list[LayerGeometry]:
-    try:
-        return probe_geometries(loaded.model, loaded.num_layers, device)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{folder} is not supported: {error}") from error
-    except Exception as error:
-        raise ModelLoadError(f"{folder} fails on its first token: {type(error).__name__}: {error}") from error
+def _load(config: EngineConfig, links: RankLinks | None) -> tuple[LoadedModel, list[LayerGeometry]]:
+    """The model, which has shown that it computes a token, and what its layers' KV looks like."""
+    device = torch.device(config.device)
+    is_rehearsed = device.type == "cuda" and links is None
+    with _rehearsal(config, device) if is_rehearsed else nullcontext() as rehearsal:
+        loaded = load_model(config, links, None if rehearsal is None else rehearsal.begin)
+        decoder = getattr(loaded.model, "model", None)
+        try:
+            if rehearsal is not None and rehearsal.has_begun and isinstance(decoder, FusedDecoder):
+                rehearsal.finish()
+                return loaded, decoder.kv_geometries
+            return loaded, probe_geometries(loaded.model, loaded.num_layers, device)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{config.model} is not supported: {error}") from error
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            raise ModelLoadError(f"{config.model} fails on its first token: {words}") from error
+
+
+def _rehearsal(config: EngineConfig, device: torch.device) -> Rehearsal:
+    from longshore_server.native.gpu.rehearsal import Rehearsal
+
+    return Rehearsal(device, partial(_rehearsing_runner, config))
+
+
+def _rehearsing_runner(config: EngineConfig, model: PreTrainedModel, num_tokens: int) -> GpuRunner:
+    """For a model of few layers: as the engine's own, but that it captures and warms nothing."""
+    decoder = model.model
+    assert isinstance(decoder, FusedDecoder)
+    num_blocks = -(-num_tokens // config.block_size)
+    device, kv_dtype = torch.device(config.device), _kv_dtype(config, model.dtype)
+    cache = PagedKVCache(decoder.kv_geometries, num_blocks, config.block_size, kv_dtype, device)
+    max_model_len = config.max_model_len or model.config.get_text_config().max_position_embeddings
+    runner = _gpu_runner(config, model, cache, max_model_len, _page_bounds(config, cache))
+    runner.stay_eager()
+    return runner
+
+
+def _gpu_runner(
+    config: EngineConfig,
+    model: PreTrainedModel,
+    cache: PagedKVCache,
+    max_model_len: int,
+    bounds: PageBounds | None,
+    features: ImageFeatures | None = None,
+    links: RankLinks | None = None,
+) -> GpuRunner:
+    from longshore_server.native.gpu.launchers import compile_launchers_fast
+    from longshore_server.native.gpu.runner import GpuRunner
+
+    compile_launchers_fast()
+    return GpuRunner(
+        model,
+        cache,
+        config.max_num_seqs,
+        max_model_len,
+        features,
+        on_ranks=links is not None,
+        batch_invariant=config.has_invariant_kernels,
+        sparsity=parse_sparsity(config.attention_sparsity),
+        bounds=bounds,
+    )
+
+
+def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+
+
+def _page_bounds(config: EngineConfig, cache: PagedKVCache) -> PageBounds | None:
+    if parse_sparsity(config.attention_sparsity) is None:
+        return None
+    return PageBounds(cache, _ranked_layers(config, len(cache.keys)))
+
+
+def _ranked_layers(config: EngineConfig, num_layers: int) -> set[int]:
+    """Those whose pages are ranked by their bounds."""
+    sparsity = parse_sparsity(config.attention_sparsity)
+    if sparsity is None or not sparsity.top_pages:
+        return set()
+    return set(range(num_layers)) - sparsity.dense_layers
 
 
 def _open_swap(

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longshore_server.native import EngineConfig, NativeEngine
+from longshore_server.native.attention.interface import CONTEXT_KEYWORD
+from longshore_server.native.attention.probe import ProbeContext, probe_geometries
 from longshore_server.native.errors import ConfigError
-from longshore_server.native.model import fp8, fuse, fused_ops, products
+from longshore_server.native.model import build, fp8, fuse, fused_ops, products
 from longshore_server.native.model.fp8 import Fp8Rows, ScaledOutput
 from longshore_server.native.model.load import load_model
 
@@ -69,6 +71,42 @@ def test_angles_are_those_of_the_model(family, rope_type, model_folder) -> None:
 
 def engine_model(engine: NativeEngine) -> torch.nn.Module:
     return engine._runner.model.model
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_layer_computes_before_the_others_have_weights(
+    family, quantization, model_folder, monkeypatch
+) -> None:
+    filled, outputs = [], []
+    finish_layer = build.LayerFinisher.finish_layer
+    monkeypatch.setattr(
+        build.LayerFinisher,
+        "finish_layer",
+        lambda self, index: filled.append(index) or finish_layer(self, index),
+    )
+
+    def on_first_layer(alone) -> None:
+        assert filled == [0]
+        probe, token = ProbeContext(), torch.zeros(1, 3, dtype=torch.long)
+        output = alone(token, position_ids=token, **{CONTEXT_KEYWORD: probe})
+        assert [*probe.geometries.values()] * 2 == alone.model.kv_geometries
+        outputs.append((alone, output.logits))
+
+    config = EngineConfig(model=str(model_folder(family)), fuse_layers=True, quantization=quantization)
+    loaded = load_model(config, on_first_layer=on_first_layer)
+    ((alone, logits),) = outputs
+    assert logits.shape == (1, 3, loaded.vocab_size) and not logits.any()
+    assert [*alone.model.layers] == [loaded.model.model.layers[0]] * 2
+    assert loaded.model.model.kv_geometries == probe_geometries(
+        loaded.model, loaded.num_layers, torch.device("cpu")
+    )
+
+
+def test_a_plain_model_has_no_first_layer_alone(model_folder) -> None:
+    told = []
+    load_model(EngineConfig(model=str(model_folder("llama"))), on_first_layer=told.append)
+    assert not told
 
 
 def test_a_plain_model_stays_plain_on_the_cpu_unless_asked(model_folder) -> None:

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longshore.seeds import row_keys
-from longshore_server.native import SamplingParams
+from longshore_server.native import EngineConfig, SamplingParams
 from longshore_server.native.attention.kv_cache import KVScales, KVTarget, LayerGeometry, PagedKVCache
 from longshore_server.native.attention.layout import BatchLayout, Span
 from longshore_server.native.attention.reference import ReferenceContext, plan_passes
 from longshore_server.native.attention.sparsity import Sparsity, parse_sparsity
 from longshore_server.native.model import fused_ops
 from longshore_server.native.model.fp8 import ScaledOutput
+from longshore_server.native.model.load import load_model
 from longshore_server.native.sampler import sample
 from longshore_server.native.sequence import Sequence
 from sparse_batch import Rows, SparseBatch
@@ -357,3 +358,25 @@ def test_answers_are_those_of_the_cpu(family, sparsity, make_engine, greedy, req
     assert engine.generate(prompts, params) == expected
     assert engine.stats().preemptions > 0
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+@pytest.mark.parametrize("settings", [{}, {"attention_sparsity": "sink=8 window=8 top_pages=2"}], ids=str)
+@pytest.mark.usefixtures("on_gpu_path")
+def test_the_first_layer_alone_rehearses_a_step(settings, num_tokens, model_folder, monkeypatch) -> None:
+    from longshore_server.native import startup
+    from longshore_server.native.gpu import rehearsal
+    from longshore_server.native.gpu.runner import GpuRunner
+
+    launched = []
+    launch = GpuRunner.launch
+    monkeypatch.setattr(
+        GpuRunner, "launch", lambda self, chunks: launched.append(chunks) or launch(self, chunks)
+    )
+    monkeypatch.setattr(rehearsal, "STEP_TOKENS", (num_tokens,))  # the interpreter has one thread
+    config = EngineConfig(model=str(model_folder("llama")), fuse_layers=True, max_model_len=48, **settings)
+    with startup._rehearsal(config, torch.device("cpu")) as begun:
+        load_model(config, on_first_layer=begun.begin)
+        assert begun.has_begun
+        begun.finish()
+    assert [chunk.num_tokens for chunks in launched for chunk in chunks] == [num_tokens]

@@ -191,11 +191,9 @@ def decode_attention(
     _, block_size, num_kv_heads, value_dim = value_pages.shape
     num_splits = split_count(num_rows, num_kv_heads)
     rows = query if query.stride(2) == 1 else query.contiguous()
-    parts, lse = output, output
-    if num_splits > 1:
-        shape = (num_rows, num_heads, num_splits)
-        parts = torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device)
-        lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    shape = (num_rows, num_heads, num_splits if num_splits > 1 else 0)
+    parts = torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     if arrivals is None or len(arrivals) < num_rows * num_kv_heads:
         arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=query.device)
     pdl = has_dependent_launch(query.device)

@@ -148,21 +148,33 @@ class StepGraphs(Generic[Shape]):
 
     @torch.inference_mode()
     def _capture(self, host_inputs: torch.Tensor, shape: Shape) -> _Captured:
-        """On a stream that is not the steps' own. Other threads may launch and allocate meanwhile."""
+        """On a stream that is not the steps' own. Other threads may launch and allocate meanwhile.
+
+        Relaxed, since Python may collect garbage in this thread: graphs of an engine that was dropped, say,
+        whose destruction is refused in a stricter capture and spoils it.
+        """
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with CAPTURING, torch.cuda.stream(self._stream):
             inputs = host_inputs.to(self._device)
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 outputs = self._forward(inputs, shape)
+                graph.capture_end()
             except BaseException:
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
+                _release_generator(self._device)
                 raise
-            graph.capture_end()
         return _Captured(graph, inputs, outputs)
+
+
+def _release_generator(device: torch.device) -> None:
+    """Torch 2.11 leaves its generator of the device in a capture that failed, where it draws nothing more."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def bucket_of(num_rows: int) -> int | None:

@@ -117,7 +117,8 @@ class GpuRunner:
         self._arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=cache.device)
 
     def stay_eager(self) -> None:
-        """Captures no steps: for exchanges between ranks that a graph cannot hold."""
+        """Captures no steps, and compiles none ahead: for what a graph cannot hold, and for a few steps."""
+        self._may_warm = False
         self._graphs.switch_off()
         self._mixed_graphs.switch_off()
 

@@ -5,6 +5,7 @@ So no more than one layer at a time exists in another form than the one that ser
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,13 @@ from longshore_server.native.gemm.multiply import gemm_for, multiply_by_torch
 from longshore_server.native.gemm.plans import Product, dtype_name
 from longshore_server.native.model import fuse, products
 from longshore_server.native.model.file_weights import FileWeights, has_own_names
+from longshore_server.native.model.first_layer import first_layer_alone
 from longshore_server.native.model.materialize import build_on_meta, decoder_layers, fill_buffers, parts
 from longshore_server.native.model.random_weights import RandomWeights
 from longshore_server.native.model.vision import is_seeing, language_model
+
+# Told of a model of the first layer alone, as soon as that layer is in the form that serves.
+OnFirstLayer = Callable[[PreTrainedModel], None]
 
 
 class WeightSource(Protocol):
@@ -39,26 +44,34 @@ class LayerFinisher:
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self._to_fp8 = config.quantization == "fp8"
         self._model = language_model(model)
-        self._fuses = config.fuses_layers and fuse.can_fuse(self._model)
+        self.fuses = config.fuses_layers and fuse.can_fuse(self._model)
         self._layers = decoder_layers(model)
         if config.has_invariant_kernels:
-            _check_invariant(model, self._fuses)
-        self._gemm = gemm_for(config) if self._fuses else multiply_by_torch
+            _check_invariant(model, self.fuses)
+        self._gemm = gemm_for(config) if self.fuses else multiply_by_torch
         self._is_whole = config.num_ranks == 1  # ranks share the head out, and meet behind it
 
     def finish_layer(self, index: int) -> None:
         """Call it once the layer has its weights."""
-        if self._fuses:
+        if self.fuses:
             self._layers[index] = fuse.fuse_layer(self._layers[index], self._to_fp8, self._gemm)
         elif self._to_fp8:
             products.replace_linears(self._layers[index])
 
     def finish_model(self) -> None:
         """Call it after the last layer."""
-        if self._fuses:
+        if self.fuses:
             fuse.fuse_decoder(self._model)
-        if self._gemm is not multiply_by_torch and self._is_whole:
+        if self._multiplies_head:
             products.multiply_linears_by(self._model, self._gemm)
+
+    @property
+    def _multiplies_head(self) -> bool:
+        return self._gemm is not multiply_by_torch and self._is_whole
+
+    def first_layer_alone(self, device: torch.device) -> PreTrainedModel:
+        """For a model that it fuses, once the first layer is finished."""
+        return first_layer_alone(self._model, device, self._gemm if self._multiplies_head else None)
 
 
 def _check_invariant(model: PreTrainedModel, is_fused: bool) -> None:
@@ -90,15 +103,24 @@ def planned_products(hf_config: PreTrainedConfig, dtype: torch.dtype, config: En
     return list(dict.fromkeys(names))
 
 
-def build_random(hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig) -> PreTrainedModel:
+def build_random(
+    hf_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    on_first_layer: OnFirstLayer | None = None,
+) -> PreTrainedModel:
     """Seeded weights, made on the device itself; no file is read."""
     model = build_on_meta(hf_config, dtype)
     device = torch.device(config.device)
-    return _fill(model, RandomWeights(model, device, config.seed), device, config)
+    return _fill(model, RandomWeights(model, device, config.seed), device, config, on_first_layer)
 
 
 def build_from_files(
-    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
+    folder: Path,
+    hf_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    on_first_layer: OnFirstLayer | None = None,
 ) -> PreTrainedModel:
     """The folder's safetensors; raises ModelLoadError for weights that are damaged, missing or too much."""
     model = build_on_meta(hf_config, dtype)
@@ -106,18 +128,24 @@ def build_from_files(
         return _convert(folder, hf_config, dtype, config)
     device = torch.device(config.device)
     with FileWeights(model, folder, device) as source:
-        return _fill(model, source, device, config)
+        return _fill(model, source, device, config, on_first_layer)
 
 
 @torch.no_grad()
 def _fill(
-    model: PreTrainedModel, source: WeightSource, device: torch.device, config: EngineConfig
+    model: PreTrainedModel,
+    source: WeightSource,
+    device: torch.device,
+    config: EngineConfig,
+    on_first_layer: OnFirstLayer | None,
 ) -> PreTrainedModel:
     finisher = LayerFinisher(model, config)
     for index, (_, parameters) in enumerate(parts(model)):
         source.fill(parameters)
         if index < len(decoder_layers(model)):
             finisher.finish_layer(index)
+        if index == 0 and finisher.fuses and on_first_layer is not None:
+            on_first_layer(finisher.first_layer_alone(device))
     fill_buffers(model, device)
     finisher.finish_model()
     if device.type == "cuda":

@@ -21,6 +21,7 @@ from longshore_server.native.attention.interface import (
     QkvProduct,
     SampledRows,
 )
+from longshore_server.native.attention.kv_cache import LayerGeometry
 from longshore_server.native.gemm.multiply import Gemm, multiply_by_torch
 from longshore_server.native.model import fused_ops
 from longshore_server.native.model.fp8 import ScaledOutput
@@ -138,6 +139,12 @@ class FusedDecoder(nn.Module):
         self.layers = decoder.layers
         self.norm = decoder.norm
         self.rotary_emb = decoder.rotary_emb
+
+    @property
+    def kv_geometries(self) -> list[LayerGeometry]:
+        """Of each layer's keys and values."""
+        attentions = [layer.self_attn for layer in self.layers]
+        return [LayerGeometry(each.num_kv_heads, each.head_dim, each.head_dim) for each in attentions]
 
     def forward(
         self,

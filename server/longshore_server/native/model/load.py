@@ -20,7 +20,12 @@ from longshore_server.native.attention import interface
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.errors import ModelLoadError, NativeEngineError, UnsupportedModelError
 from longshore_server.native.gemm.plans import Product
-from longshore_server.native.model.build import build_from_files, build_random, planned_products
+from longshore_server.native.model.build import (
+    OnFirstLayer,
+    build_from_files,
+    build_random,
+    planned_products,
+)
 from longshore_server.native.model.placement import build_share
 from longshore_server.native.model.vision import VisionTower, is_seeing, language_model
 from longshore_server.native.ranks.links import RankLinks
@@ -63,16 +68,19 @@ def read_model_config(config: EngineConfig) -> tuple[dict[str, Any], PreTrainedC
     return raw, hf_config, max_model_len
 
 
-def load_model(config: EngineConfig, links: RankLinks | None = None) -> LoadedModel:
+def load_model(
+    config: EngineConfig, links: RankLinks | None = None, on_first_layer: OnFirstLayer | None = None
+) -> LoadedModel:
     """Loads the folder that `config` names; raises ModelLoadError or UnsupportedModelError with one line.
 
-    With `links` it loads one rank's share, and all ranks load at the same time.
+    With `links` it loads one rank's share, and all ranks load at the same time. `on_first_layer` is for
+    a whole model: it is called if layers are fused, when there is one.
     """
     folder = Path(config.model)
     raw, hf_config, max_model_len = read_model_config(config)
     dtype = _dtype(hf_config, config)
     if links is None:
-        model = _build(folder, hf_config, dtype, config)
+        model = _build(folder, hf_config, dtype, config, on_first_layer)
     else:
         model = _build_share(folder, hf_config, dtype, config, links)
     for each in (model, language_model(model)):
@@ -185,12 +193,16 @@ def _dtype(hf_config: PreTrainedConfig, config: EngineConfig) -> torch.dtype:
 
 
 def _build(
-    folder: Path, hf_config: PreTrainedConfig, dtype: torch.dtype, config: EngineConfig
+    folder: Path,
+    hf_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    on_first_layer: OnFirstLayer | None,
 ) -> PreTrainedModel:
     def build() -> PreTrainedModel:
         if config.load_format == "random":
-            return build_random(hf_config, dtype, config)
-        return build_from_files(folder, hf_config, dtype, config)
+            return build_random(hf_config, dtype, config, on_first_layer)
+        return build_from_files(folder, hf_config, dtype, config, on_first_layer)
 
     model: PreTrainedModel = _checked(folder, build)
     return model
