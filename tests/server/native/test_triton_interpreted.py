@@ -7,10 +7,12 @@ stands in tests/gpu.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import random
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -375,8 +377,19 @@ def test_the_first_layer_alone_rehearses_a_step(settings, num_tokens, model_fold
     )
     monkeypatch.setattr(rehearsal, "STEP_TOKENS", (num_tokens,))  # the interpreter has one thread
     config = EngineConfig(model=str(model_folder("llama")), fuse_layers=True, max_model_len=48, **settings)
-    with startup._rehearsal(config, torch.device("cpu")) as begun:
-        load_model(config, on_first_layer=begun.begin)
-        assert begun.has_begun
-        begun.finish()
+    rehearsed = []
+
+    def begin(model) -> None:
+        rehearsed.append(weakref.ref(model))
+        begun.begin(model)
+
+    gc.disable()
+    try:
+        with startup._rehearsal(config, torch.device("cpu")) as begun:
+            load_model(config, on_first_layer=begin)
+            assert begun.has_begun
+            begun.finish()
+        assert [each() for each in rehearsed] == [None]  # the KV cache gets its memory
+    finally:
+        gc.enable()
     assert [chunk.num_tokens for chunks in launched for chunk in chunks] == [num_tokens]

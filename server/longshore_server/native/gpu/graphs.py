@@ -23,6 +23,8 @@ CAPTURE_TIMEOUT_S = 60.0
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 Shape = TypeVar("Shape", bound=Hashable)
+# From a step's inputs on the device to its logits [rows, vocab] and sampled tokens [rows].
+Forward = Callable[[torch.Tensor, Shape], tuple[torch.Tensor, torch.Tensor]]
 
 # Held while a step is captured. CUDA refuses to wait for a whole device then, and torch to draw from its own
 # generator of the device: what does either in another thread takes this first.
@@ -64,7 +66,6 @@ class CaptureThread:
 class StepGraphs(Generic[Shape]):
     """Runs `forward` for a shape, replayed where that is possible.
 
-    `forward` goes from a step's inputs on the device to its logits [rows, vocab] and sampled tokens [rows].
     With a `thread` it is called there too, while steps go on: it must keep nothing between its calls. Without
     one a shape is captured in its second step, at the same one on all ranks, whose exchanges must not mix.
     The tensors that run() gives are overwritten by its next call; use them on the same stream before.
@@ -72,7 +73,7 @@ class StepGraphs(Generic[Shape]):
 
     def __init__(
         self,
-        forward: Callable[[torch.Tensor, Shape], tuple[torch.Tensor, torch.Tensor]],
+        forward: Forward[Shape],
         device: torch.device,
         thread: CaptureThread | None = None,
     ) -> None:

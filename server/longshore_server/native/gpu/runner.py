@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from itertools import accumulate
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from longshore_server.native.gpu.graphs import (
     CAPTURE_TIMEOUT_S,
     CAPTURING,
     CaptureThread,
+    Forward,
+    Shape,
     StepGraphs,
     bucket_of,
 )
@@ -110,8 +113,8 @@ class GpuRunner:
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
         self._may_warm = is_alone
         self._warmer: KernelWarmer | None = None
-        self._graphs = StepGraphs(self._decode_forward, cache.device, self._capture_thread)
-        self._mixed_graphs = StepGraphs(self._padded_forward, cache.device, self._capture_thread)
+        self._graphs = StepGraphs(_weak(self._decode_forward), cache.device, self._capture_thread)
+        self._mixed_graphs = StepGraphs(_weak(self._padded_forward), cache.device, self._capture_thread)
         num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)
         num_kv_heads = max(pages.shape[2] for pages in cache.values)
         self._arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=cache.device)
@@ -419,6 +422,18 @@ class GpuRunner:
     def _note_drawn(self, sequences: list[Sequence], tokens: list[SampledToken]) -> None:
         self.drawn = {s: token for s, token in self.drawn.items() if s.status is SequenceStatus.RUNNING}
         self.drawn |= {s: token.token_id for s, token in zip(sequences, tokens, strict=True)}
+
+
+def _weak(method: Forward[Shape]) -> Forward[Shape]:
+    """Calls a method of an object that it does not keep, whose memory is free once nobody else does, then."""
+    reference = WeakMethod(method)
+
+    def call(inputs: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        bound = reference()
+        assert bound is not None
+        return bound(inputs, shape)
+
+    return call
 
 
 def _is_decode(chunk: Chunk) -> bool:
