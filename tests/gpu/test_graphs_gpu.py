@@ -55,6 +55,31 @@ def test_graphs_may_be_dropped_while_another_step_is_captured(has_thread) -> Non
         thread.close()
 
 
+@torch.inference_mode()
+def test_a_shape_is_captured_ahead_of_its_first_step() -> None:
+    eager: list[int] = []
+
+    def noting(inputs: torch.Tensor, shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _is_capturing():
+            eager.append(shape)
+        return _double(inputs, shape)
+
+    thread = CaptureThread(DEVICE)
+    graphs = StepGraphs(noting, DEVICE, thread)
+    graphs.capture_ahead({5: 4, 3: 4, 7: 4})
+    assert _captured(graphs) == [3]  # the one that was met
+    for _ in range(3):
+        graphs.advance()
+        graphs.settle()
+    assert graphs.captured_shapes == [3, 5, 7]
+    for shape in (5, 7, 5):
+        logits, sampled = graphs.run(NUMBERS.pin_memory(), shape)
+        assert (logits.tolist(), sampled.tolist()) == ([0, 2, 4, 6], [each + shape for each in range(4)])
+    assert eager == [3]
+    graphs.close()
+    thread.close()
+
+
 def test_torch_draws_numbers_after_a_capture_that_failed() -> None:
     def waiting(inputs: torch.Tensor, shape: int) -> tuple[torch.Tensor, torch.Tensor]:
         if _is_capturing():

@@ -28,6 +28,7 @@ from longshore_server.native.cpu.runner import CpuRunner
 from longshore_server.native.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from longshore_server.native.gpu.graphs import CAPTURING
 from longshore_server.native.images import ImageGeometry
+from longshore_server.native.kv_memory import fit_model_len, num_kv_blocks
 from longshore_server.native.model import cpu_linear
 from longshore_server.native.model.fuse import FusedDecoder
 from longshore_server.native.model.load import LoadedModel, load_model
@@ -44,11 +45,9 @@ if TYPE_CHECKING:  # triton is on GPUs only
     from longshore_server.native.gpu.rehearsal import Rehearsal
     from longshore_server.native.gpu.runner import GpuRunner
 
-DEFAULT_KV_MEMORY_BYTES = 512 * 1024 * 1024
 # Torch computes activation functions in vectors of up to so many elements, and what is left at the end of a
 # tensor in another way, which may round otherwise.
 VECTOR_ELEMENTS = 32
-GPU_WORKSPACE_BYTES = 1024 * 1024 * 1024  # cuBLAS, Triton, captured graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +89,10 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
     kv_dtype = _kv_dtype(config, dtype)
     bytes_per_block = block_bytes(geometries, config.block_size, kv_dtype)
     bytes_per_block += bounds_bytes(geometries, _ranked_layers(config, len(geometries)), kv_dtype)
-    num_blocks = _num_kv_blocks(config, loaded, bytes_per_block, has_gpu=links is None or links.is_nccl)
+    num_blocks = num_kv_blocks(config, loaded, bytes_per_block, has_gpu=links is None or links.is_nccl)
     if links is not None:
         num_blocks = links.smallest(num_blocks)
-    max_model_len = _fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
+    max_model_len = fit_model_len(config, loaded.max_model_len, num_blocks * config.block_size)
     cache = PagedKVCache(geometries, num_blocks, config.block_size, kv_dtype, device)
     if kv_dtype == torch.float8_e4m3fn:
         cache.scales = _kv_scales(config, loaded, geometries, device, links)
@@ -290,49 +289,3 @@ def _has_other_products(model: PreTrainedModel) -> bool:
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     )
-
-
-def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: int, *, has_gpu: bool) -> int:
-    """`has_gpu`: no other rank shares the device, if that is a GPU."""
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    if config.kv_memory_bytes is not None:
-        num_blocks = config.kv_memory_bytes // bytes_per_block
-        if num_blocks == 0:
-            raise ConfigError("kv_memory_bytes", f"is less than one block of {bytes_per_block} bytes")
-        return num_blocks
-    if torch.device(config.device).type == "cuda" and has_gpu:
-        return _num_gpu_blocks(config, loaded, bytes_per_block)
-    num_wanted = config.max_num_seqs * -(-loaded.max_model_len // config.block_size)
-    return max(1, min(num_wanted, DEFAULT_KV_MEMORY_BYTES // bytes_per_block))
-
-
-def _num_gpu_blocks(config: EngineConfig, loaded: LoadedModel, bytes_per_block: int) -> int:
-    """What the configured share of the GPU's memory holds beside weights and a step's activations."""
-    torch.cuda.empty_cache()
-    num_free, num_total = torch.cuda.mem_get_info(torch.device(config.device))
-    kept_free = int((1 - config.gpu_memory_fraction) * num_total)
-    num_bytes = num_free - kept_free - _activation_bytes(config, loaded)
-    if num_bytes < bytes_per_block:
-        raise ConfigError(
-            "gpu_memory_fraction", f"{config.gpu_memory_fraction} leaves no memory for KV beside the weights"
-        )
-    return num_bytes // bytes_per_block
-
-
-def _activation_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    """A bound of what a step needs at once: a layer's activations, and logits in two forms."""
-    model_config = loaded.model.config
-    hidden = getattr(model_config, "hidden_size", 4096)
-    inner = getattr(model_config, "intermediate_size", None) or 4 * hidden
-    layer_bytes = config.token_budget * (8 * hidden + 4 * inner) * 2
-    return layer_bytes + config.max_num_seqs * loaded.vocab_size * 8 + GPU_WORKSPACE_BYTES
-
-
-def _fit_model_len(config: EngineConfig, max_model_len: int, num_kv_tokens: int) -> int:
-    """The longest sequence that the KV cache can hold alone; a length that was asked for must fit."""
-    if config.max_model_len is not None and config.max_model_len > num_kv_tokens:
-        raise ConfigError(
-            "max_model_len", f"{config.max_model_len} exceeds the KV cache's {num_kv_tokens} tokens"
-        )
-    return min(max_model_len, num_kv_tokens)

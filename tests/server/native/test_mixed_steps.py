@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from longshore.seeds import row_keys
 from longshore_server.native import SamplingParams
 from longshore_server.native.gpu import mixed_steps
-from longshore_server.native.gpu.mixed_steps import MAX_SPANS, NO_SLOT, kept_places, pack, shape_of
+from longshore_server.native.gpu.mixed_steps import (
+    MAX_SPANS,
+    NO_SLOT,
+    PREFILL_BUCKETS,
+    kept_places,
+    pack,
+    shape_of,
+    shapes_of,
+)
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence
 
@@ -33,7 +41,7 @@ def _chunk(index: int, num_computed: int, num_tokens: int, samples: bool, in_fli
 
 @st.composite
 def steps(draw) -> list[Chunk]:
-    lengths = draw(st.lists(st.integers(2, 300), max_size=4))
+    lengths = draw(st.lists(st.integers(2, PREFILL_BUCKETS[-1] // 4), max_size=4))
     decodes = [
         _chunk(index, draw(st.integers(1, 600)), 1, True, draw(st.booleans()))
         for index in range(draw(st.integers(0, 20)))
@@ -56,6 +64,7 @@ def test_every_row_has_its_numbers(chunks) -> None:
     used = np.zeros(shape.num_rows, dtype=bool)
     places = kept_places(shape, chunks)
     num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
+    assert shape in shapes_of(num_decodes, TILE_ROWS)
     for index, chunk in enumerate(chunks):
         sequence, end = chunk.sequence, chunk.sequence.num_computed_tokens + chunk.num_tokens
         last = of["kept_rows"][places[index]]

@@ -52,6 +52,20 @@ def test_steps_go_on_where_a_thread_fails(is_lame, caplog) -> None:
     thread.close()
 
 
+def test_what_cannot_be_captured_ahead_is_tried_once(caplog) -> None:
+    thread = ThreadOfItsOwn(is_lame=False)
+    graphs = _graphs(thread)
+    graphs.capture_ahead({2: 4, 3: 4})
+    for step in range(4):
+        graphs.advance()
+        graphs.settle()
+        assert graphs.run(torch.arange(4) + step, 3)[1].tolist() == [step + 1, step + 2, step + 3]
+    assert not graphs.captured_shapes and not graphs._is_on
+    assert caplog.text.count("stay eager") == 1
+    graphs.close()
+    thread.close()
+
+
 def test_steps_go_on_where_the_second_one_cannot_be_captured() -> None:
     graphs = _graphs(None)
     for step in range(4):

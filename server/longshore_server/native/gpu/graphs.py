@@ -1,8 +1,7 @@
-"""CUDA graphs of steps, one for each of a few shapes, captured after a shape's first step.
+"""CUDA graphs of steps, one for each of a few shapes, captured after a shape's first step or ahead of it.
 
-The first step of a shape runs eagerly, which compiles kernels and warms libraries up; capturing goes on in a
-thread beside the next steps, never on the way to a token. What cannot be captured stays eager. It knows no
-sequences.
+The first step of a shape runs eagerly, unless that has been captured by then; capturing goes on in a thread
+beside the steps, never on the way to a token. What cannot be captured stays eager. It knows no sequences.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -87,6 +86,7 @@ class StepGraphs(Generic[Shape]):
         self._warm: set[Shape] = set()
         self._captured: dict[Shape, _Captured] = {}
         self._underway: tuple[Shape, Future[_Captured]] | None = None
+        self._ahead: dict[Shape, int] = {}
         self._pool: tuple[int, int] | None = None
 
     @property
@@ -96,6 +96,23 @@ class StepGraphs(Generic[Shape]):
     def switch_off(self) -> None:
         """Captures nothing more."""
         self._is_on = False
+
+    def capture_ahead(self, num_inputs: Mapping[Shape, int]) -> None:
+        """Names shapes to be captured before their first steps, and how many numbers each has as inputs.
+
+        With a thread only. It begins with one at each advance(), in this order.
+        """
+        self._ahead |= num_inputs
+
+    def advance(self) -> None:
+        """Begins with the next shape that is to be captured ahead, if nothing is under way."""
+        self._adopt()
+        while self._ahead and self._thread is not None and self._is_on and self._underway is None:
+            shape = next(iter(self._ahead))
+            num_inputs = self._ahead.pop(shape)
+            if shape not in self._captured:
+                nothing = torch.zeros(num_inputs, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+                self._begin(self._thread, nothing, shape)
 
     def settle(self) -> None:
         """Waits for the capture under way, CAPTURE_TIMEOUT_S at most."""
@@ -123,8 +140,11 @@ class StepGraphs(Generic[Shape]):
             return captured.outputs
         outputs = self._forward(host_inputs.to(self._device, non_blocking=True), shape)
         self._warm.add(shape)
-        if self._is_on and self._thread is not None and self._underway is None:
-            self._begin(self._thread, host_inputs, shape)
+        if self._is_on and self._thread is not None:
+            if self._underway is None:
+                self._begin(self._thread, host_inputs, shape)
+            elif self._underway[0] != shape:
+                self._ahead = {shape: host_inputs.numel()} | self._ahead  # the next one
         return outputs
 
     def _begin(self, thread: CaptureThread, host_inputs: torch.Tensor, shape: Shape) -> None:
@@ -181,3 +201,9 @@ def _release_generator(device: torch.device) -> None:
 def bucket_of(num_rows: int) -> int | None:
     """The smallest bucket that holds so many rows; None above the largest."""
     return next((bucket for bucket in BUCKETS if bucket >= num_rows), None)
+
+
+def buckets_up_to(num_rows: int) -> list[int]:
+    """Those that steps of up to so many rows have."""
+    largest = bucket_of(num_rows) or BUCKETS[-1]
+    return [bucket for bucket in BUCKETS if bucket <= largest]

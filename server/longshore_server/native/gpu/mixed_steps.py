@@ -85,6 +85,13 @@ def shape_of(chunks: SequenceOf[Chunk], tile_rows: int) -> MixedShape | None:
     return MixedShape(decodes, prefill, tile_rows)
 
 
+def shapes_of(most_decodes: int, tile_rows: int) -> list[MixedShape]:
+    """Every shape that steps of up to `most_decodes` decodes may have, the smallest first."""
+    largest = next((bucket for bucket in DECODE_BUCKETS if bucket >= most_decodes), DECODE_BUCKETS[-1])
+    decodes = [bucket for bucket in DECODE_BUCKETS if bucket <= largest]
+    return [MixedShape(each, prefill, tile_rows) for each in decodes for prefill in PREFILL_BUCKETS]
+
+
 def kept_places(shape: MixedShape, chunks: SequenceOf[Chunk]) -> list[int]:
     """Where each chunk's last row stands among the kept rows."""
     num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)

@@ -36,6 +36,7 @@ from longshore_server.native.gpu.graphs import (
     Shape,
     StepGraphs,
     bucket_of,
+    buckets_up_to,
 )
 from longshore_server.native.gpu.mixed_steps import (
     DECODE_BUCKETS,
@@ -45,6 +46,7 @@ from longshore_server.native.gpu.mixed_steps import (
     kept_places,
     pack,
     shape_of,
+    shapes_of,
 )
 from longshore_server.native.gpu.seats import Seats, TableUpdates
 from longshore_server.native.gpu.step_inputs import (
@@ -113,9 +115,11 @@ class GpuRunner:
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
         self._may_warm = is_alone
         self._warmer: KernelWarmer | None = None
+        self._captures_ahead = False
         self._graphs = StepGraphs(_weak(self._decode_forward), cache.device, self._capture_thread)
         self._mixed_graphs = StepGraphs(_weak(self._padded_forward), cache.device, self._capture_thread)
-        num_rows = max(max_num_seqs, bucket_of(max_num_seqs) or 0, DECODE_BUCKETS[-1] + MAX_SPANS)
+        self._buckets = buckets_up_to(max_num_seqs)
+        num_rows = max(max_num_seqs, self._buckets[-1], DECODE_BUCKETS[-1] + MAX_SPANS)
         num_kv_heads = max(pages.shape[2] for pages in cache.values)
         self._arrivals = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=cache.device)
 
@@ -158,10 +162,22 @@ class GpuRunner:
         except Exception:
             self._seats.rewrite_all()
             raise
-        if self._may_warm and self._warmer is None:  # not before: the first step compiles kernels of its own
-            self._warmer = KernelWarmer(self.model, self.cache)
-
+        if self._may_warm:
+            self._prepare()
         return lambda: tokens_of_chunks(pieces, sampled(), len(chunks))
+
+    def _prepare(self) -> None:
+        """Goes on with what later steps need: their kernels after a first step, then graphs of all shapes."""
+        if self._warmer is None:
+            self._warmer = KernelWarmer(self.model, self.cache)
+        elif self._warmer.is_done and not self._captures_ahead:
+            self._captures_ahead = True
+            self._graphs.capture_ahead({bucket: _num_decode_inputs(bucket) for bucket in self._buckets})
+            self._mixed_graphs.capture_ahead(
+                {shape: shape.num_numbers for shape in shapes_of(self._buckets[-1], self._tile_rows)}
+            )
+        self._graphs.advance()
+        self._mixed_graphs.advance()
 
     def _run(self, chunks: list[Chunk]) -> Callable[[], list[SampledToken]]:
         updates = TableUpdates()
@@ -189,7 +205,7 @@ class GpuRunner:
     # --- decode steps ---
 
     def _pack_decode(self, chunks: list[Chunk], seats: list[int], bucket: int) -> torch.Tensor:
-        """[9 * even(bucket)], as _decode_forward reads it; padding rows have no slot and no context."""
+        """[_num_decode_inputs(bucket)], for _decode_forward; padding rows have no slot and no context."""
         size = self.cache.block_size
         num_rows = len(chunks)
         sequences = [chunk.sequence for chunk in chunks]
@@ -434,6 +450,10 @@ def _weak(method: Forward[Shape]) -> Forward[Shape]:
         return bound(inputs, shape)
 
     return call
+
+
+def _num_decode_inputs(bucket: int) -> int:
+    return 9 * even(bucket)
 
 
 def _is_decode(chunk: Chunk) -> bool:

@@ -40,6 +40,10 @@ class KernelWarmer:
                 self._submit(self._multiply, product, num_rows)
         self._executor.shutdown(wait=False)
 
+    @property
+    def is_done(self) -> bool:
+        return all(run.done() for run in self._runs)
+
     def settle(self, timeout_s: float) -> None:
         """Waits for all of it, `timeout_s` at most."""
         wait([run for run in self._runs if not run.cancelled()], timeout_s)  # it would wait for those, too
