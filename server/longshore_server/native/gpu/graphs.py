@@ -163,9 +163,13 @@ class StepGraphs(Generic[Shape]):
     def _note(self, shape: Shape, result: Callable[[], _Captured]) -> None:
         try:
             self._captured[shape] = result()
-        except RuntimeError:  # the model does something that a graph cannot hold
-            logger.exception("a step of the shape %s cannot be captured; steps stay eager", shape)
-            self._is_on = False
+        except RuntimeError:  # the model does something that a graph cannot hold, or memory is short
+            if shape in self._warm:
+                logger.exception("a step of the shape %s cannot be captured; steps stay eager", shape)
+                self._is_on = False
+            else:
+                logger.exception("a step of the shape %s cannot be captured; none is ahead of need", shape)
+                self._ahead.clear()
 
     @torch.inference_mode()
     def _capture(self, host_inputs: torch.Tensor, shape: Shape) -> _Captured:
