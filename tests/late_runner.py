@@ -18,6 +18,9 @@ class LateRunner:
         self.runner = runner
         self.unseen: dict[int, int] = {}
 
+    def prepare(self) -> bool:
+        return self.runner.prepare()
+
     def settle(self) -> None:
         self.runner.settle()
 

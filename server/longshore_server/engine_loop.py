@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STEP_ERRORS_IN_A_ROW = 3
 _QUEUE_FULL_RETRY_AFTER_S = 1.0
+_PREPARE_INTERVAL_S = 0.02
 
 
 class StepEngine(Protocol):
@@ -36,6 +37,7 @@ class StepEngine(Protocol):
     def add_request(self, request_id: str, prompt_token_ids: Any, params: Any, **options: Any) -> None: ...
     def abort(self, request_id: str) -> bool: ...
     def has_unfinished(self) -> bool: ...
+    def prepare(self) -> bool: ...
     def step(self) -> list[Any]: ...
     def stats(self) -> Any: ...
     def check_integrity(self) -> None: ...
@@ -160,9 +162,12 @@ class EngineLoop:
             self._wake.notify()
 
     def _take_commands(self) -> list[Command]:
+        """Those that have come. While the engine is idle it waits for one, and the engine prepares."""
+        is_idle = not self._engine.has_unfinished()
+        timeout_s = _PREPARE_INTERVAL_S if is_idle and self._engine.prepare() else None
         with self._wake:
-            while not self._commands and not self._engine.has_unfinished() and not self._is_stopping:
-                self._wake.wait()
+            if is_idle and not self._commands and not self._is_stopping:
+                self._wake.wait(timeout_s)
             commands = list(self._commands)
             self._commands.clear()
             return commands

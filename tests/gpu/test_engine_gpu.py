@@ -6,6 +6,7 @@ import json
 import random
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,24 @@ def test_a_new_model_answers_without_compiling(tmp_path) -> None:
         knobs.runtime.jit_post_compile_hook = None
     assert len(answer) == GREEDY.max_tokens
     assert not compiled
+
+
+def test_an_idle_engine_captures_every_shape(folder) -> None:
+    """And its steps are those of one that captures nothing."""
+    from longshore_server.native.gpu.graphs import buckets_up_to
+    from longshore_server.native.gpu.mixed_steps import shapes_of
+
+    engine = _engine(folder, enable_prefix_cache=False)
+    deadline_s = time.monotonic() + 60
+    while engine.prepare():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    runner: Any = engine._runner
+    captured = [{*graphs.captured_shapes} for graphs in (runner._graphs, runner._mixed_graphs)]
+    assert captured == [{*buckets_up_to(32)}, {*shapes_of(32, runner._tile_rows)}]
+    eager = _engine(folder, enable_prefix_cache=False)
+    eager._runner.stay_eager()  # type: ignore[attr-defined]
+    assert not eager.prepare()
+    prompts = _prompts(3, 90, 41, 250, 7)
+    assert engine.generate(prompts, GREEDY) == eager.generate(prompts, GREEDY)
+    assert captured == [{*graphs.captured_shapes} for graphs in (runner._graphs, runner._mixed_graphs)]

@@ -428,6 +428,14 @@ class NativeEngine:
             **({} if self._offload is None else self._offload.figures()),
         )
 
+    def prepare(self) -> bool:
+        """Goes on with what later steps need, beside them: call it while there is nothing to do.
+
+        It returns at once, and says whether there is more to come. step() does so, too. On a GPU it is
+        compiling kernels and capturing steps; on a CPU there is nothing of the kind.
+        """
+        return self._runner.prepare()
+
     def settle(self) -> None:
         """Waits for steps that are being captured beside the ones that ran.
 

@@ -30,6 +30,8 @@ class Runner(Protocol):
 
     def launch(self, chunks: SequenceOf[Chunk]) -> Callable[[], list[SampledToken | None]]: ...
 
+    def prepare(self) -> bool: ...  # goes on with work for later steps, beside them; whether there is more
+
     def settle(self) -> None: ...  # waits for work that goes on beside the steps
 
     def close(self) -> None: ...  # after it, no step is launched
@@ -60,6 +62,10 @@ class ModelRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Zeroes blocks that change owner; call before run()."""
         self.cache.clear_blocks(blocks)
+
+    def prepare(self) -> bool:
+        """Nothing: each step has what it needs."""
+        return False
 
     def settle(self) -> None:
         """Nothing: no work goes on beside the steps."""

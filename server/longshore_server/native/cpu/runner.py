@@ -32,6 +32,10 @@ class CpuRunner:
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Nothing to clear: what stands behind a row's context is not read."""
 
+    def prepare(self) -> bool:
+        """Nothing: each step has what it needs."""
+        return False
+
     def settle(self) -> None:
         """Nothing: no work goes on beside the steps."""
 

@@ -114,6 +114,11 @@ class StepGraphs(Generic[Shape]):
                 nothing = torch.zeros(num_inputs, dtype=torch.int64, pin_memory=self._device.type == "cuda")
                 self._begin(self._thread, nothing, shape)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is being captured, or to be captured ahead."""
+        return self._underway is None and not (self._is_on and self._ahead)
+
     def settle(self) -> None:
         """Waits for the capture under way, CAPTURE_TIMEOUT_S at most."""
         if self._underway is not None:

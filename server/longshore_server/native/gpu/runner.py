@@ -5,6 +5,7 @@ The host reads a step's tokens after it has launched the next one. It schedules 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from itertools import accumulate
@@ -70,6 +71,8 @@ from longshore_server.native.sampler import NOT_FINITE, SampledToken, sample
 from longshore_server.native.scheduler import Chunk
 from longshore_server.native.sequence import Sequence, SequenceStatus
 
+logger = logging.getLogger(__name__)
+
 SPAN_FIELDS = ("first_rows", "num_rows", "context_lens", "table_rows", "tile_spans", "tile_offsets")
 
 Results = list[SampledToken | None]
@@ -113,7 +116,7 @@ class GpuRunner:
         self._keeps_rows = any(isinstance(module, FusedDecoder) for module in model.modules())
         is_alone = self._is_cuda and self._keeps_rows and not on_ranks
         self._capture_thread = CaptureThread(cache.device) if is_alone else None
-        self._may_warm = is_alone
+        self._may_prepare = is_alone
         self._warmer: KernelWarmer | None = None
         self._captures_ahead = False
         self._graphs = StepGraphs(_weak(self._decode_forward), cache.device, self._capture_thread)
@@ -125,7 +128,7 @@ class GpuRunner:
 
     def stay_eager(self) -> None:
         """Captures no steps, and compiles none ahead: for what a graph cannot hold, and for a few steps."""
-        self._may_warm = False
+        self._may_prepare = False
         self._graphs.switch_off()
         self._mixed_graphs.switch_off()
 
@@ -162,12 +165,27 @@ class GpuRunner:
         except Exception:
             self._seats.rewrite_all()
             raise
-        if self._may_warm:
-            self._prepare()
+        self.prepare()
         return lambda: tokens_of_chunks(pieces, sampled(), len(chunks))
 
-    def _prepare(self) -> None:
-        """Goes on with what later steps need: their kernels after a first step, then graphs of all shapes."""
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Goes on with what later steps need, beside them: kernels of decodes, then graphs of all shapes.
+
+        Whether there is more to come. launch() does so, too, and idle time is better spent on it.
+        """
+        if not self._may_prepare:
+            return False
+        try:
+            self._go_on()
+        except RuntimeError:  # for want of memory, say: steps then do what they need
+            logger.exception("later steps are not prepared for")
+            self._may_prepare = False
+            return False
+        are_settled = self._graphs.is_settled and self._mixed_graphs.is_settled
+        return not (self._captures_ahead and are_settled)
+
+    def _go_on(self) -> None:
         if self._warmer is None:
             self._warmer = KernelWarmer(self.model, self.cache)
         elif self._warmer.is_done and not self._captures_ahead:

@@ -1,4 +1,4 @@
-"""Compiles the kernels of a model's decodes after its first step, rather than in the step that needs one.
+"""Compiles the kernels of a model's decodes ahead, rather than in the step that needs one.
 
 A kernel takes a quarter of a second or more the first time, on a machine that has not kept it.
 """
