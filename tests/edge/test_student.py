@@ -77,7 +77,7 @@ async def test_listed_and_asked_by_its_own_name(edge_with_student: TierProcess) 
     async with session_to(edge_with_student) as session:
         async with session.get("/v1/models") as response:
             assert {card["id"] for card in (await response.json())["data"]} == {"shop", "tiny-student"}
-        _, body, _ = await ask(session, chat(model="tiny-student", max_tokens=3))
+        _, body, _ = await ask(session, chat(model="tiny-student", max_tokens=3, temperature=0))
     report = decode(Report, body["longshore"])
     assert (report.served_by, report.node, report.degraded) == ("edge", "edge-1", False)
     assert [(hop.tier, hop.node) for hop in report.hops] == [("edge", "edge-1")]
