@@ -9,7 +9,10 @@ import torch
 
 from longshore_server.native.gpu.graphs import CaptureThread, StepGraphs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 DEVICE = torch.device("cuda")
 NUMBERS = torch.arange(4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from longshore_server.native.attention.sparsity import parse_sparsity
+from longshore_server.native.attention.sparsity import Sparsity, parse_sparsity
 from longshore_server.native.checks import check_float, check_int
 from longshore_server.native.errors import ConfigError
 from longshore_server.native.offload.spec import parse_kv_swap
@@ -97,11 +97,16 @@ class EngineConfig:
         if self.num_kv_blocks is not None and self.kv_memory_bytes is not None:
             raise ConfigError("num_kv_blocks", "give num_kv_blocks or kv_memory_bytes, not both")
         parse_kv_swap(self.kv_swap)
-        if parse_sparsity(self.attention_sparsity) is not None and self.batch_invariant:
+        if self.sparsity is not None and self.batch_invariant:
             raise ConfigError("batch_invariant", "cannot be had with attention_sparsity")
         if self.batch_invariant and not (self.may_be_batch_invariant or self.has_invariant_kernels):
             words = "is available on the CPU in float32, and on one GPU with fused layers in 16 bits or FP8"
             raise ConfigError("batch_invariant", words)
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """What `attention_sparsity` says; None for dense."""
+        return parse_sparsity(self.attention_sparsity)
 
     @property
     def fuses_layers(self) -> bool:
@@ -130,7 +135,7 @@ class EngineConfig:
     def may_be_batch_invariant(self) -> bool:
         is_exact = self.device == "cpu" and self.dtype in ("auto", "float32") and not self.fuses_layers
         is_exact = is_exact and self.quantization == "none" and self.kv_cache_dtype == "auto"
-        return is_exact and parse_sparsity(self.attention_sparsity) is None
+        return is_exact and self.sparsity is None
 
     @property
     def has_invariant_kernels(self) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
-from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.blocks import BlockPool
 from longshore_server.native.checks import check_float, check_int
 from longshore_server.native.config import EngineConfig
@@ -98,7 +97,7 @@ class NativeEngine:
         """`on_ranks_lost` is called from another thread when a rank dies; see RankGroup."""
         self.config = config
         self._clock = clock
-        self._sparsity = parse_sparsity(config.attention_sparsity)
+        self._sparsity = config.sparsity
         built, self._ranks = build_on_ranks(config, on_ranks_lost)
         self.eos_token_ids = built.eos_token_ids
         self.vocab_size = built.vocab_size

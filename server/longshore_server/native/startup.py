@@ -20,7 +20,6 @@ from longshore_server.native.attention.kv_cache import KVScales, LayerGeometry, 
 from longshore_server.native.attention.kv_scales import load_scales, measure_scales, random_prompts
 from longshore_server.native.attention.page_bounds import PageBounds, bounds_bytes
 from longshore_server.native.attention.probe import probe_geometries
-from longshore_server.native.attention.sparsity import parse_sparsity
 from longshore_server.native.config import EngineConfig
 from longshore_server.native.cpu.compiled import load_library
 from longshore_server.native.cpu.decoder import CompiledDecoder, can_compile
@@ -106,15 +105,14 @@ def _build(config: EngineConfig, links: RankLinks | None) -> BuiltModel:
         if links is not None and not links.is_nccl:
             runner.stay_eager()
     else:
-        sparsity = parse_sparsity(config.attention_sparsity)
         attention = select_attention(
             device,
             batch_invariant=batch_invariant,
-            sparsity=sparsity,
+            sparsity=config.sparsity,
             bounds=bounds,
             fp8_cache=kv_dtype == torch.float8_e4m3fn,
         )
-        runner = ModelRunner(loaded.model, cache, device, attention, features, sparsity)
+        runner = ModelRunner(loaded.model, cache, device, attention, features, config.sparsity)
     offload, shard_store = _open_swap(config, cache, bounds, links)
     return BuiltModel(
         runner=runner,
@@ -189,7 +187,7 @@ def _gpu_runner(
         features,
         on_ranks=links is not None,
         batch_invariant=config.has_invariant_kernels,
-        sparsity=parse_sparsity(config.attention_sparsity),
+        sparsity=config.sparsity,
         bounds=bounds,
     )
 
@@ -199,14 +197,14 @@ def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
 
 
 def _page_bounds(config: EngineConfig, cache: PagedKVCache) -> PageBounds | None:
-    if parse_sparsity(config.attention_sparsity) is None:
+    if config.sparsity is None:
         return None
     return PageBounds(cache, _ranked_layers(config, len(cache.keys)))
 
 
 def _ranked_layers(config: EngineConfig, num_layers: int) -> set[int]:
     """Those whose pages are ranked by their bounds."""
-    sparsity = parse_sparsity(config.attention_sparsity)
+    sparsity = config.sparsity
     if sparsity is None or not sparsity.top_pages:
         return set()
     return set(range(num_layers)) - sparsity.dense_layers

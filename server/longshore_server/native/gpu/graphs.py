@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -105,18 +106,17 @@ class StepGraphs(Generic[Shape]):
         self._ahead |= num_inputs
 
     def advance(self) -> None:
-        """Begins with the next shape that is to be captured ahead, if nothing is under way."""
+        """Begins with the next shape that is to be captured, if nothing is under way."""
         self._adopt()
         while self._ahead and self._thread is not None and self._is_on and self._underway is None:
             shape = next(iter(self._ahead))
             num_inputs = self._ahead.pop(shape)
             if shape not in self._captured:
-                nothing = torch.zeros(num_inputs, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-                self._begin(self._thread, nothing, shape)
+                self._begin(self._thread, torch.zeros(num_inputs, dtype=torch.int64), shape)
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is being captured, or to be captured ahead."""
+        """Whether nothing is being captured, or to be captured."""
         return self._underway is None and not (self._is_on and self._ahead)
 
     def settle(self) -> None:
@@ -146,10 +146,8 @@ class StepGraphs(Generic[Shape]):
         outputs = self._forward(host_inputs.to(self._device, non_blocking=True), shape)
         self._warm.add(shape)
         if self._is_on and self._thread is not None:
-            if self._underway is None:
-                self._begin(self._thread, host_inputs, shape)
-            elif self._underway[0] != shape:
-                self._ahead = {shape: host_inputs.numel()} | self._ahead  # the next one
+            self._ahead = {shape: host_inputs.numel()} | self._ahead  # before all others
+            self.advance()
         return outputs
 
     def _begin(self, thread: CaptureThread, host_inputs: torch.Tensor, shape: Shape) -> None:
@@ -207,12 +205,11 @@ def _release_generator(device: torch.device) -> None:
     generator.graphsafe_set_state(generator.clone_state())
 
 
-def bucket_of(num_rows: int) -> int | None:
+def bucket_of(num_rows: int, buckets: Sequence[int] = BUCKETS) -> int | None:
     """The smallest bucket that holds so many rows; None above the largest."""
-    return next((bucket for bucket in BUCKETS if bucket >= num_rows), None)
+    return next((bucket for bucket in buckets if bucket >= num_rows), None)
 
 
-def buckets_up_to(num_rows: int) -> list[int]:
+def buckets_up_to(num_rows: int, buckets: Sequence[int] = BUCKETS) -> Sequence[int]:
     """Those that steps of up to so many rows have."""
-    largest = bucket_of(num_rows) or BUCKETS[-1]
-    return [bucket for bucket in BUCKETS if bucket <= largest]
+    return buckets[: bisect_left(buckets, num_rows) + 1]

@@ -15,6 +15,7 @@ from itertools import accumulate
 import numpy as np
 
 from longshore_server.native.attention.layout import cut_tiles
+from longshore_server.native.gpu.graphs import bucket_of, buckets_up_to
 from longshore_server.native.gpu.step_inputs import (
     even,
     noise_keys,
@@ -78,8 +79,8 @@ def shape_of(chunks: SequenceOf[Chunk], tile_rows: int) -> MixedShape | None:
     """The smallest shape for chunks whose single rows come first; None where none is large enough."""
     num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
     num_prefill = sum(chunk.num_tokens for chunk in chunks[num_decodes:])
-    decodes = next((bucket for bucket in DECODE_BUCKETS if bucket >= num_decodes), None)
-    prefill = next((bucket for bucket in PREFILL_BUCKETS if bucket >= num_prefill), None)
+    decodes = bucket_of(num_decodes, DECODE_BUCKETS)
+    prefill = bucket_of(num_prefill, PREFILL_BUCKETS)
     if decodes is None or prefill is None or len(chunks) - num_decodes > MAX_SPANS:
         return None
     return MixedShape(decodes, prefill, tile_rows)
@@ -87,8 +88,7 @@ def shape_of(chunks: SequenceOf[Chunk], tile_rows: int) -> MixedShape | None:
 
 def shapes_of(most_decodes: int, tile_rows: int) -> list[MixedShape]:
     """Every shape that steps of up to `most_decodes` decodes may have, the smallest first."""
-    largest = next((bucket for bucket in DECODE_BUCKETS if bucket >= most_decodes), DECODE_BUCKETS[-1])
-    decodes = [bucket for bucket in DECODE_BUCKETS if bucket <= largest]
+    decodes = buckets_up_to(most_decodes, DECODE_BUCKETS)
     return [MixedShape(each, prefill, tile_rows) for each in decodes for prefill in PREFILL_BUCKETS]
 
 

@@ -45,8 +45,8 @@ class Rehearsal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        wait([run for run in self._runs if not run.cancelled()], TIMEOUT_S)
+        self._executor.shutdown(wait=False)
+        wait(self._runs, TIMEOUT_S)
 
     @property
     def has_begun(self) -> bool:

@@ -73,6 +73,7 @@ from longshore_server.native.sequence import Sequence, SequenceStatus
 
 logger = logging.getLogger(__name__)
 
+NUM_DECODE_FIELDS = 9  # of each row of a decode step, see _pack_decode
 SPAN_FIELDS = ("first_rows", "num_rows", "context_lens", "table_rows", "tile_spans", "tile_offsets")
 
 Results = list[SampledToken | None]
@@ -190,7 +191,7 @@ class GpuRunner:
             self._warmer = KernelWarmer(self.model, self.cache)
         elif self._warmer.is_done and not self._captures_ahead:
             self._captures_ahead = True
-            self._graphs.capture_ahead({bucket: _num_decode_inputs(bucket) for bucket in self._buckets})
+            self._graphs.capture_ahead({bucket: NUM_DECODE_FIELDS * even(bucket) for bucket in self._buckets})
             self._mixed_graphs.capture_ahead(
                 {shape: shape.num_numbers for shape in shapes_of(self._buckets[-1], self._tile_rows)}
             )
@@ -223,13 +224,13 @@ class GpuRunner:
     # --- decode steps ---
 
     def _pack_decode(self, chunks: list[Chunk], seats: list[int], bucket: int) -> torch.Tensor:
-        """[_num_decode_inputs(bucket)], for _decode_forward; padding rows have no slot and no context."""
+        """[fields * even(bucket)], for _decode_forward; padding rows have no slot and no context."""
         size = self.cache.block_size
         num_rows = len(chunks)
         sequences = [chunk.sequence for chunk in chunks]
         lens = np.array([chunk.context_len for chunk in chunks])
         tables = [chunk.sequence.block_table[chunk.start // size] for chunk in chunks]
-        host = torch.zeros(9, even(bucket), dtype=torch.int64, pin_memory=self._is_cuda)
+        host = torch.zeros(NUM_DECODE_FIELDS, even(bucket), dtype=torch.int64, pin_memory=self._is_cuda)
         rows = host.numpy()
         rows[0, :] = self._seats.spare
         rows[0, :num_rows] = seats
@@ -245,7 +246,7 @@ class GpuRunner:
 
     def _decode_forward(self, inputs: torch.Tensor, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One token of each row: logits [bucket, vocab], tokens [bucket]. It can be captured."""
-        rows = inputs.view(9, even(bucket))
+        rows = inputs.view(NUM_DECODE_FIELDS, even(bucket))
         seats, tokens, positions, row_slots, lens = rows[:5, :bucket]
         known = torch.where(tokens >= 0, tokens, self._seats.last_tokens[seats])
         decodes = DecodeRows(seats, lens, rows[8, :bucket])
@@ -468,10 +469,6 @@ def _weak(method: Forward[Shape]) -> Forward[Shape]:
         return bound(inputs, shape)
 
     return call
-
-
-def _num_decode_inputs(bucket: int) -> int:
-    return 9 * even(bucket)
 
 
 def _is_decode(chunk: Chunk) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from longshore_server.native.attention.interface import DecodeRows
-from longshore_server.native.attention.kv_cache import LayerGeometry, PagedKVCache
+from longshore_server.native.attention.kv_cache import PagedKVCache
 from longshore_server.native.attention.triton_context import StepTables, TritonContext
 from longshore_server.native.gemm.multiply import GpuGemm, few_rows_kernel
 from longshore_server.native.gpu.mixed_steps import NO_SLOT
@@ -69,8 +69,7 @@ class KernelWarmer:
     def _attend(self, attention: FusedAttention, num_rows: int) -> None:
         """Rows without context, over a cache of one layer."""
         of, device = self._cache, self._cache.device
-        geometry = LayerGeometry(attention.num_kv_heads, attention.head_dim, attention.head_dim)
-        cache = PagedKVCache([geometry], 1, of.block_size, of.dtype, device)
+        cache = PagedKVCache([attention.kv_geometry], 1, of.block_size, of.dtype, device)
         zeros = torch.zeros(num_rows, dtype=torch.int64, device=device)
         tables = StepTables(
             slots=torch.full_like(zeros, NO_SLOT),

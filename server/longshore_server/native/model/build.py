@@ -107,7 +107,7 @@ def build_random(
     hf_config: PreTrainedConfig,
     dtype: torch.dtype,
     config: EngineConfig,
-    on_first_layer: OnFirstLayer | None = None,
+    on_first_layer: OnFirstLayer | None,
 ) -> PreTrainedModel:
     """Seeded weights, made on the device itself; no file is read."""
     model = build_on_meta(hf_config, dtype)
@@ -120,7 +120,7 @@ def build_from_files(
     hf_config: PreTrainedConfig,
     dtype: torch.dtype,
     config: EngineConfig,
-    on_first_layer: OnFirstLayer | None = None,
+    on_first_layer: OnFirstLayer | None,
 ) -> PreTrainedModel:
     """The folder's safetensors; raises ModelLoadError for weights that are damaged, missing or too much."""
     model = build_on_meta(hf_config, dtype)

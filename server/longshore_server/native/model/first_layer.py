@@ -29,8 +29,8 @@ def first_layer_alone(model: PreTrainedModel, device: torch.device, gemm: Gemm |
     decoder: Any = model.model
     alone.model = FusedDecoder(
         SimpleNamespace(
-            embed_tokens=nn.Embedding(
-                1, decoder.embed_tokens.embedding_dim, device=device, dtype=decoder.embed_tokens.weight.dtype
+            embed_tokens=nn.Embedding.from_pretrained(  # which draws no numbers
+                decoder.embed_tokens.weight.new_zeros(1, decoder.embed_tokens.embedding_dim, device=device)
             ),
             layers=nn.ModuleList([decoder.layers[0]] * 2),
             norm=copy.deepcopy(decoder.norm).to_empty(device=device),
@@ -38,7 +38,7 @@ def first_layer_alone(model: PreTrainedModel, device: torch.device, gemm: Gemm |
         )
     )
     alone.lm_head = copy.deepcopy(model.lm_head).to_empty(device=device)  # type: ignore[operator]
-    for module in (alone.model.embed_tokens, alone.model.norm, alone.lm_head):
+    for module in (alone.model.norm, alone.lm_head):
         for parameter in module.parameters():
             parameter.zero_()
     fill_buffers(alone, device)

@@ -78,6 +78,10 @@ class FusedAttention(nn.Module):
             return context.attend_sampled(layer, query[only.rows], self.scale, self.window)
         return context.attend_written(layer, query, key, value, self.scale, self.window)
 
+    @property
+    def kv_geometry(self) -> LayerGeometry:
+        return LayerGeometry(self.num_kv_heads, self.head_dim, self.head_dim)
+
     def product(self, rows: Any, cos: torch.Tensor, sin: torch.Tensor) -> QkvProduct:
         """What attention takes, before it is split into heads."""
         norms = None
@@ -143,8 +147,7 @@ class FusedDecoder(nn.Module):
     @property
     def kv_geometries(self) -> list[LayerGeometry]:
         """Of each layer's keys and values."""
-        attentions = [layer.self_attn for layer in self.layers]
-        return [LayerGeometry(each.num_kv_heads, each.head_dim, each.head_dim) for each in attentions]
+        return [layer.self_attn.kv_geometry for layer in self.layers]
 
     def forward(
         self,
