@@ -23,7 +23,7 @@ def _scale_of(amax):
 
 @triton.jit
 def _to_fp8(y, scale):
-    return tl.minimum(tl.maximum(y / scale, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+    return tl.minimum(tl.maximum(y * (1.0 / scale), -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -91,17 +91,23 @@ def _add_rms_norm_kernel(
 
 @triton.jit
 def _load_tile(
-    values, row_scale, channel_scales, bias, places, channels, mask, part_stride,
+    values, row_scale, channel_scales, bias, places, channels, is_channel, mask, part_stride,
     DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
 ):  # fmt: skip
     """[rows, channels] of a ScaledOutput, rounded to DTYPE, in float32."""
     x = _load_sum(values + places, mask, part_stride, NUM_PARTS)
-    is_channel = channels >= 0
     if HAS_SCALES:
         x = x * row_scale[:, None] * tl.load(channel_scales + channels, mask=is_channel, other=0.0)[None, :]
     if HAS_BIAS:
         x += tl.load(bias + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _silu_mul(gate, up, DTYPE: tl.constexpr):
+    """In DTYPE, of float32 numbers that are rounded to it."""
+    active = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+    return (active * up).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # one form for every number of rows of a kind
@@ -114,29 +120,61 @@ def _silu_mul_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     part = tl.program_id(1)
     channels = part * BLOCK + tl.arange(0, BLOCK)
-    mask = (rows < num_rows)[:, None] & (channels < width)[None, :]
+    is_channel = channels < width
+    mask = (rows < num_rows)[:, None] & is_channel[None, :]
     wait_for_previous(PDL)
     row_scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if HAS_SCALES:
         row_scale = tl.load(row_scales + rows, mask=rows < num_rows, other=0.0)
-    gate_channels = tl.where(channels < width, channels, -1)
-    up_channels = tl.where(channels < width, channels + width, -1)
     places = rows.to(tl.int64)[:, None] * (2 * width) + channels[None, :]
     part_stride = num_rows * (2 * width)
     gate = _load_tile(
-        values, row_scale, channel_scales, bias, places, gate_channels, mask, part_stride,
+        values, row_scale, channel_scales, bias, places, channels, is_channel, mask, part_stride,
         DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
     )  # fmt: skip
     up = _load_tile(
-        values, row_scale, channel_scales, bias, places + width, up_channels, mask, part_stride,
-        DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
+        values, row_scale, channel_scales, bias, places + width, channels + width, is_channel, mask,
+        part_stride, DTYPE, HAS_SCALES, HAS_BIAS, NUM_PARTS,
     )  # fmt: skip
-    active = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
-    y = (active * up).to(DTYPE)
+    y = _silu_mul(gate, up, DTYPE)
     tl.store(output + rows.to(tl.int64)[:, None] * width + channels[None, :], y, mask=mask)
     if HAS_AMAX:
         amax = tl.max(tl.abs(y.to(tl.float32)), axis=1)
         tl.store(part_amax + rows * tl.num_programs(1) + part, amax, mask=rows < num_rows)
+
+
+@triton.jit
+def _silu_mul_to_fp8_kernel(
+    values, row_scales, channel_scales, bias, output, output_scales, width,
+    DTYPE: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row, which stays in registers until its largest magnitude is known."""
+    row = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    tiles = ()
+    amax = tl.zeros([BLOCK], tl.float32)
+    for tile in tl.static_range(NUM_TILES):
+        channels = tile * BLOCK + offsets
+        mask = channels < width
+        gate = _load_channels(
+            values, row_scales, channel_scales, bias, row, channels, mask, 2 * width,
+            HAS_SCALES, HAS_BIAS, NUM_PARTS,
+        )  # fmt: skip
+        up = _load_channels(
+            values, row_scales, channel_scales, bias, row, channels + width, mask, 2 * width,
+            HAS_SCALES, HAS_BIAS, NUM_PARTS,
+        )  # fmt: skip
+        y = _silu_mul(gate.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32), DTYPE)
+        amax = tl.maximum(amax, tl.abs(y.to(tl.float32)))
+        tiles = tiles + (y,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuples)
+    scale = _scale_of(tl.max(amax, axis=0))
+    place = output + row.to(tl.int64) * width + offsets
+    for tile in tl.static_range(NUM_TILES):
+        y = _to_fp8(tiles[tile].to(tl.float32), scale)
+        tl.store(place + tile * BLOCK, y, mask=tile * BLOCK + offsets < width)
+    tl.store(output_scales + row, scale)
 
 
 @triton.jit
@@ -171,9 +209,11 @@ def _quantize_kernel(matrix, output, output_scales, width, stride, BLOCK: tl.con
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 SILU_BLOCK = 1024  # channels per program
-# Up to so many rows a program has one of them; more share the loading of a channel's scales.
+# Up to so many rows a program has a part of one. Of more it has a whole one, if that becomes FP8 and fits
+# into registers, or a part of several, which share the loading of a channel's scales.
 MAX_SINGLE_ROWS = 64
 SILU_ROWS = 4
+WHOLE_BLOCK, MAX_WHOLE_WIDTH = 4096, 28672
 QUANTIZE_BLOCK = 2048
 
 
@@ -200,6 +240,8 @@ def add_rms_norm(
 
 def silu_mul(x: ScaledOutput, dtype: torch.dtype, to_fp8: bool) -> torch.Tensor | Fp8Rows:
     num_rows, width = x.values.shape[-2], x.values.shape[-1] // 2
+    if to_fp8 and num_rows > MAX_SINGLE_ROWS and width <= MAX_WHOLE_WIDTH:
+        return _silu_mul_whole(x, dtype)
     device = x.values.device
     num_parts = triton.cdiv(width, SILU_BLOCK)
     plain = torch.empty(num_rows, width, dtype=dtype, device=device)
@@ -212,6 +254,20 @@ def silu_mul(x: ScaledOutput, dtype: torch.dtype, to_fp8: bool) -> torch.Tensor 
         NUM_PARTS=x.num_parts, BLOCK_ROWS=block_rows, BLOCK=SILU_BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return _quantize_parts(plain, part_amax, pdl) if to_fp8 else plain
+
+
+def _silu_mul_whole(x: ScaledOutput, dtype: torch.dtype) -> Fp8Rows:
+    """The same bits as in parts, but a row is read and written once."""
+    num_rows, width = x.values.shape[-2], x.values.shape[-1] // 2
+    output, scales = _output(num_rows, width, dtype, x.values.device, True)
+    pdl = has_dependent_launch(x.values.device)
+    _silu_mul_to_fp8_kernel[(num_rows,)](
+        *_pointers(x), output, scales, width, DTYPE=TRITON_DTYPES[dtype],
+        HAS_SCALES=x.row_scales is not None, HAS_BIAS=x.bias is not None, NUM_PARTS=x.num_parts,
+        NUM_TILES=triton.cdiv(width, WHOLE_BLOCK), BLOCK=WHOLE_BLOCK, PDL=pdl, launch_pdl=pdl,
+        num_warps=16, maxnreg=64,  # two programs on a multiprocessor
+    )  # fmt: skip
+    return Fp8Rows(output, scales)
 
 
 def _quantize_parts(matrix: torch.Tensor, part_amax: torch.Tensor, pdl: bool) -> Fp8Rows:
