@@ -197,6 +197,21 @@ def test_a_pause_comes_before_each_prompt_and_counts_for_none() -> None:
     assert engine.now_s == pytest.approx(4 * 0.5 + 6 * 0.01, abs=1e-3)  # two more prompts warm it up
 
 
+def test_no_round_finds_another_ones_prompts_in_a_cache() -> None:
+    class Noting(SlowEngine):
+        def add_request(self, request_id: str, prompt_token_ids: Any, params: Any) -> None:
+            prompts.append(tuple(prompt_token_ids))
+            super().add_request(request_id, prompt_token_ids, params)
+
+    for row in (Decode(3, 8, 4), FirstToken(8), Mixed(5, 6, 40)):
+        prompts: list[tuple[int, ...]] = []
+        list(bench_over(Noting(step_s=0.01), rounds=2).measure(row))
+        num_requests = len(prompts) // 4  # two rounds warm up
+        assert len(set(prompts)) == len(prompts) == 4 * num_requests
+        lengths = [len(prompt) for prompt in prompts]
+        assert lengths == lengths[:num_requests] * 4
+
+
 def test_a_failure_shows_in_the_line_and_the_report(tmp_path: Path) -> None:
     row = Poisson(50.0, 8, 4, 2)
     engine = SlowEngine(step_s=0.01, broken=frozenset({"poisson-3"}))

@@ -94,7 +94,7 @@ class Bench:
             return decode_requests(row, vocab_size, seed)
         if isinstance(row, FirstToken):
             return first_token_request(row, vocab_size, seed)
-        return mixed_requests(row, vocab_size, self._settings.seed)  # the same lengths in every round
+        return mixed_requests(row, vocab_size, seed, self._settings.seed)
 
     def _warm_up(self, row: Decode | FirstToken | Mixed) -> None:
         """The row's own work with short answers, twice: what is captured in the background is ready then."""

@@ -32,11 +32,13 @@ def first_token_request(row: FirstToken, vocab_size: int, seed: int) -> list[Ben
     return [BenchRequest("ttft", _tokens(random.Random(seed), row.num_prompt, vocab_size), 1)]
 
 
-def mixed_requests(row: Mixed, vocab_size: int, seed: int) -> list[BenchRequest]:
-    draw = random.Random(seed)
+def mixed_requests(row: Mixed, vocab_size: int, seed: int, length_seed: int) -> list[BenchRequest]:
+    """Two seeds, since rounds of the same lengths must not find each other's prompts in a cache."""
+    draw = random.Random(length_seed)
     lengths = [
         (draw.randint(row.low, row.high), draw.randint(row.low, row.high)) for _ in range(row.num_requests)
     ]
+    draw = random.Random(seed)
     return [
         BenchRequest(f"mixed-{n}", _tokens(draw, num_prompt, vocab_size), num_answer)
         for n, (num_prompt, num_answer) in enumerate(lengths)
