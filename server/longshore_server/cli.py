@@ -30,7 +30,7 @@ _FLAGS = {
     "kv_memory_bytes": "memory for the KV cache",
     "max_num_seqs": "requests that run at once",
     "kv_cache_dtype": "auto, or fp8 for a KV cache of half the size, on a GPU",
-    "gpu_memory_fraction": "share of a GPU's memory that is used, 0.9 by default",
+    "gpu_memory_fraction": "share of a GPU's memory that is used, 0.95 by default",
     "max_num_batched_tokens": "tokens in one step; 512 on a CPU and 8192 on a GPU by default",
     "itl_target_ms": "milliseconds between two tokens that other prompts may not stretch",
     "max_waiting": "requests that may wait",

@@ -114,7 +114,7 @@ class CoreConfig:
     num_kv_blocks: Annotated[int, Interval(ge=1, le=2**31)] | None = None
     kv_memory_bytes: Annotated[int, Interval(ge=1, le=2**43)] | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    gpu_memory_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    gpu_memory_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.95
     max_num_seqs: Annotated[int, Interval(ge=1, le=4096)] = 64
     max_num_batched_tokens: Count | None = None
     itl_target_ms: Annotated[float, Interval(gt=0, le=1e6)] | None = None

@@ -26,6 +26,7 @@ from longshore_server.engines.base import ModelInfo
 from longshore_server.lifeline import Lifeline
 from longshore_server.model_folder import check_model_folder, model_digest
 from longshore_server.native.errors import NativeEngineError
+from longshore_server.native.garbage import keep_for_good
 from longshore_server.status_pipe import StatusPipe
 from longshore_server.trial import TrialNote
 from longshore_server.warm_up import warm_up
@@ -86,6 +87,7 @@ def serve_engine(
         engine = factory(config)
         info = _model_info(config, engine)
         warm_up(engine)
+        keep_for_good()
     except (NativeEngineError, LongshoreError) as error:
         status.tell(error=" ".join(str(error).split()))
         return EXIT_CONFIG

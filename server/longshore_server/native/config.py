@@ -59,7 +59,7 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     kv_memory_bytes: int | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    gpu_memory_fraction: float = 0.9
+    gpu_memory_fraction: float = 0.95
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None

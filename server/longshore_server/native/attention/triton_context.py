@@ -33,7 +33,8 @@ from longshore_server.native.attention.triton_write import write_kv
 from longshore_server.native.gpu.gluon import has_gluon
 
 # From this many rows on, a prompt with no cached prefix goes to torch's attention kernels, which are faster.
-MIN_FLASH_ROWS = 512
+# Shorter ones, which come in numbers, are attended over their pages all at once.
+MIN_FLASH_ROWS = 1536
 # cuDNN is the fastest of them on Hopper but plans some 40 ms for each length it has not met: prompts are
 # padded to a multiple of this, and a padded length goes to cuDNN from its second prompt on.
 CUDNN_ROWS_STEP = 512

@@ -114,6 +114,7 @@ def _start(
     from longshore_server.native.bench.prompts import first_token_request
     from longshore_server.native.bench.rows import FirstToken
     from longshore_server.native.engine import NativeEngine
+    from longshore_server.native.garbage import keep_for_good
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -129,6 +130,7 @@ def _start(
     drive(engine, first_token_request(FirstToken(FIRST_PROMPT_TOKENS), engine.vocab_size, config.seed))
     startup["first_token_s"] = process_age_s()
     engine.settle()  # the ceilings' measurement waits for the whole device
+    keep_for_good()  # as a server does
     return config, engine, startup
 
 
