@@ -87,7 +87,6 @@ def serve_engine(
         engine = factory(config)
         info = _model_info(config, engine)
         warm_up(engine)
-        keep_for_good()
     except (NativeEngineError, LongshoreError) as error:
         status.tell(error=" ".join(str(error).split()))
         return EXIT_CONFIG
@@ -105,6 +104,7 @@ def serve_engine(
     max_streams = config.max_num_seqs + config.max_waiting
     loop = EngineLoop(engine, send=server.send, note=note, max_streams=max_streams)
     _stop_on_request(loop, lifeline)
+    keep_for_good()
     server.start(loop)
     status.tell(ready=info.name)
     return _run(loop, server)

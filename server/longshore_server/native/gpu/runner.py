@@ -189,7 +189,7 @@ class GpuRunner:
     def _go_on(self) -> None:
         if self._warmer is None:
             self._warmer = KernelWarmer(self.model, self.cache)
-        elif self._warmer.is_done and not self._captures_ahead:
+        elif not self._captures_ahead and self._warmer.is_done:
             self._captures_ahead = True
             self._graphs.capture_ahead({bucket: NUM_DECODE_FIELDS * even(bucket) for bucket in self._buckets})
             self._mixed_graphs.capture_ahead(

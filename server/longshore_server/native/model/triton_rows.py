@@ -23,6 +23,7 @@ def _scale_of(amax):
 
 @triton.jit
 def _to_fp8(y, scale):
+    """One division for all numbers of a scale."""
     return tl.minimum(tl.maximum(y * (1.0 / scale), -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from longshore_server.native.errors import NativeEngineError
+from longshore_server.native.garbage import keep_for_good
 from longshore_server.native.ranks.messages import (
     Kind,
     MessageDecoder,
@@ -74,6 +75,7 @@ class RankServer:
         kind, payload = first
         assert kind is Kind.SETUP, f"{kind.name} before the setup"
         share = build_share(json.loads(payload))
+        keep_for_good()  # all ranks wait for the slowest
         self._tell(Kind.READY)
         while (message := self._messages.get()) is not None:
             self._carry_out(share, *message)
